@@ -1,0 +1,1192 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.9", "torchvision>=0.24", "numpy>=2.1", "tqdm>=4.60", "matplotlib>=3.9"]
+# ///
+"""General-purpose in-context learning by meta-learning Transformers, in one file.
+
+Replicates Kirsch, Harrison, Sohl-Dickstein, Metz, arXiv 2212.04458 ("GPICL"). One labelled image set
+is turned into endless tasks: every task projects the images with a random matrix A and permutes the
+labels with a random permutation rho. A causal Transformer sees one task as a sequence of examples
+and predicts each label from the examples before it. With enough tasks it stops memorising and
+becomes a learning algorithm: its accuracy rises with the number of examples in its context, without
+a gradient step, on tasks and on whole data sets that it has never seen.
+
+    python gpicl_minimal_replication.py                      meta-train on MNIST, test, plot
+    python gpicl_minimal_replication.py quick                the same in about two minutes
+    python gpicl_minimal_replication.py --SEED=3 --NUM_TASKS=2**16     any setting, by its own name
+    python gpicl_minimal_replication.py --help               every setting and preset
+
+In the code          in the paper
+task                 (A, rho): random projection, random label permutation          (Sec. 3, Alg. 1)
+sequence             D = ((x_1, y_1) ... (x_T, y_T)), one data set shown in context
+meta-training        minimise the loss of every prediction, averaged over tasks      (Eq. 2)
+meta-test            accuracy after n examples, no weight changes                    (Sec. 4)
+
+Letters for dimensions: B sequences, T examples in a sequence, N pixels of an image, P numbers of a
+projected image, D model size, H heads, C classes.
+"""
+
+import contextlib
+import csv
+import difflib
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------- settings
+# Edit these, or override one for one run by a flag of the same name: --STEPS=1000.
+
+# Run
+SEED = 0                     # of tasks, initial weights and everything else that is random
+DEVICE = "auto"              # auto (CUDA, then MPS, then CPU), cuda, mps or cpu
+PRECISION = "auto"           # auto (bf16 where the hardware has it), bf16 or fp32
+DATA_DIR = "data"            # data sets live here and are downloaded to here
+OUT_DIR = "runs"             # every run gets a folder of its own in here
+
+# Data: torchvision's name, or the path of an .npz file with x and y
+TRAIN_DATASET = "auto"       # auto: MNIST, or rendered digits where MNIST can't be had
+EVAL_DATASETS = "auto"       # comma-separated; auto: TRAIN_DATASET's test images and FashionMNIST
+IMAGE_SIZE = 28              # images are resized to this height and width (paper: 32)
+VALIDATION_IMAGES = 5000     # last training images, never trained on: for progress and choices
+
+# Tasks
+NUM_TASKS = 0                # 2**k: so many fixed tasks; 0: a fresh task for every sequence
+NUM_EXAMPLES = 100           # examples in a sequence: the last is predicted after 99
+PROJECTION_SIZE = 784        # numbers that the random projection turns an image into
+BIASED_FRACTION = 0.0        # share of each batch with one fixed label permutation (paper: 0.9)
+
+# Model
+TOKEN_FORMAT = "pairs"       # pairs: (A x_i, A x_i-1, y_i-1); paper: (A x_i, y_i-1)
+COMPARE_IMAGES = True        # give attention the cosines between images (pairs only); False: not
+MODEL_SIZE = 256             # width of the residual stream
+NUM_LAYERS = 4               # each is attention, then an MLP
+NUM_HEADS = 4                # attention heads per layer
+MLP_SIZE = 1024              # hidden units of each MLP
+
+# Meta-training
+OPTIMIZER = "muon"           # muon (AdamW for what is not a hidden matrix) or adamw
+BATCH_SIZE = 32              # sequences per step
+STEPS = 3000                 # updates in all
+LEARNING_RATE = 1e-3         # peak rate
+WARMUP_STEPS = 50            # rate rises from zero over so many steps
+DECAY_FRACTION = 0.4         # rate falls linearly to zero over the last so much of the steps
+WEIGHT_DECAY = 0.0           # decoupled, as in AdamW
+ADAM_BETA2 = 0.99            # decay rate of Adam's second moment
+ADAM_EPSILON = 1e-8          # a small one shortens the plateau (paper)
+GRADIENT_CLIP = 1.0          # largest norm of the gradient
+
+# Evaluation
+EVAL_SEQUENCES = 4096        # meta-test sequences per data set
+ROW_EVERY = 500              # steps between two rows of the progress table
+ROW_SEQUENCES = 512          # validation sequences behind one such row
+CHECKPOINT_SECONDS = 30.0    # seconds between two checkpoints
+
+PRESETS = {
+    "quick": dict(STEPS=600, ROW_EVERY=100),
+    "paper": dict(IMAGE_SIZE=32, NUM_TASKS=2**25, PROJECTION_SIZE=3072, BIASED_FRACTION=0.9,
+                  TOKEN_FORMAT="paper", MODEL_SIZE=256, NUM_LAYERS=4, NUM_HEADS=8, MLP_SIZE=1024,
+                  OPTIMIZER="adamw", BATCH_SIZE=128, STEPS=2**18, ADAM_BETA2=0.999),
+}
+# ----------------------------------------------------------------------------- end of settings
+
+C = 10                                               # classes that the model tells apart
+MIXTURE_SCALE = 10.0                                 # makes Adam's steps fit the image mixtures
+CONTEXT_LENGTHS = (0, 1, 2, 5, 10, 20, 50, 99)       # columns of the printed table
+CHOICES = dict(DEVICE=("auto", "cuda", "mps", "cpu"), PRECISION=("auto", "bf16", "fp32"),
+               TOKEN_FORMAT=("pairs", "paper"), OPTIMIZER=("muon", "adamw"))
+# The paper's table: accuracy on the 100th example after 99, meta-trained on MNIST.
+PAPER = {
+    "MNIST": {"GPICL": 73.70, "SGD": 70.31, "MAML": 53.71, "VSML": 79.04, "LSTM": 25.39},
+    "FashionMNIST": {"GPICL": 62.24, "SGD": 50.78, "MAML": 48.44, "VSML": 68.49, "LSTM": 28.12},
+    "KMNIST": {"GPICL": 53.39, "SGD": 37.89, "MAML": 36.33, "VSML": 54.69, "LSTM": 18.10},
+}
+
+
+class UserError(Exception):
+    """Something that the user can mend. The message says what is wrong and what to do."""
+
+
+class DataUnavailable(UserError):
+    """A data set that is neither on the disk nor to be downloaded."""
+
+
+# ---------------------------------------------------------------------------------------- tasks
+class Dataset(NamedTuple):
+    """One labelled data set: x (n, N) z-normalised, y (n,) in 0 .. classes - 1."""
+    name: str
+    x: torch.Tensor
+    y: torch.Tensor
+    classes: int
+
+
+def stream(device, *key):
+    """Return a random generator on `device` that depends on nothing but `key`."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+
+
+def draw_task(seed, i, n_pixels, size, device):
+    """Return task number i of a fixed set: A (P, N) and rho (C,), the same at every call.
+
+    A_ij ~ N(0, 1/N): the *variance* is 1/N, so a projected image keeps its scale (paper, Sec. 3).
+    """
+    generator = stream(device, seed, "task", i)
+    projection = torch.randn(size, n_pixels, generator=generator, device=device) / n_pixels**0.5
+    return projection, torch.randperm(C, generator=generator, device=device)
+
+
+def cholesky(gram):
+    """Return the lower triangular L (B, T, T) with L L' = gram; works for singular matrices too.
+
+    Our own because torch's doesn't run on every device and stops at singular matrices, which
+    identical or low-dimensional inputs give: here a vanishing pivot gives a column of zeros.
+    """
+    lower = torch.zeros_like(gram)
+    floor = 1e-6 * gram.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True) + 1e-30
+    for j in range(gram.shape[-1]):
+        column = gram[:, j:, j] - (lower[:, j:, :j] @ lower[:, j, :j, None])[..., 0]
+        pivot = column[:, :1]
+        lower[:, j:, j] = torch.where(pivot > floor, column * pivot.clamp_min(floor).rsqrt(), 0)
+    return lower
+
+
+def project_afresh(images, size, generator):
+    """Return (B, T, P): the images of each sequence under a fresh A of its own.
+
+    A is drawn only where the images look. For A_ij ~ N(0, 1/N), each row of A gives T numbers whose
+    covariance is the Gram matrix X X'/N; so they are L z with L L' = X X'/N and z ~ N(0, 1): T
+    normal numbers in place of N, and exactly the same distribution.
+    """
+    noise = torch.randn(*images.shape[:2], size, generator=generator, device=images.device)
+    return cholesky(images @ images.mT / images.shape[-1]) @ noise
+
+
+def draw_images(dataset, n_sequences, length, generator):
+    """Return indices (B, T) of images: none twice within a sequence."""
+    n = len(dataset.y)
+    per_shuffle = n // length
+    shuffles = [torch.randperm(n, generator=generator, device=dataset.y.device)
+                [:per_shuffle * length].view(per_shuffle, length)
+                for _ in range(math.ceil(n_sequences / per_shuffle))]
+    return torch.cat(shuffles)[:n_sequences]
+
+
+def draw_sequences(dataset, n_sequences, settings, key, num_tasks=0, biased_fraction=0.0):
+    """Return x (B, T, P) and y (B, T): sequences, each a task applied to its own random images.
+
+    A pure function of its arguments: `key` names the place in the random stream. With `num_tasks`
+    the tasks are picked from that many fixed ones, else each is fresh. The first
+    `biased_fraction` of the sequences share one label permutation (paper, Sec. 4.5).
+    """
+    device = dataset.x.device
+    generator = stream(device, *key)
+    chosen = draw_images(dataset, n_sequences, settings.NUM_EXAMPLES, generator)
+    images, labels = dataset.x[chosen], dataset.y[chosen]
+    if num_tasks:
+        numbers = torch.randint(num_tasks, (n_sequences,), generator=generator, device=device)
+        tasks = [draw_task(settings.SEED, i, images.shape[-1], settings.PROJECTION_SIZE, device)
+                 for i in numbers.tolist()]
+        x = torch.stack([image @ projection.T for image, (projection, _) in zip(images, tasks)])
+        rho = torch.stack([permutation for _, permutation in tasks])
+    else:
+        x = project_afresh(images, settings.PROJECTION_SIZE, generator)
+        rho = torch.rand(n_sequences, C, generator=generator, device=device).argsort(1)
+    rho[:round(biased_fraction * n_sequences)] = torch.arange(C, device=device)
+    return x, rho.gather(1, labels)
+
+
+# ---------------------------------------------------------------------------------------- model
+def norm(x):
+    """Return x scaled to a root mean square of one over its last dimension."""
+    return F.rms_norm(x, x.shape[-1:])
+
+
+def shift(x):
+    """Return x (B, T, ...) moved on by one example: example i gets what belongs to i - 1.
+
+    The first gets zeros: "no example yet" is unlike every class, whose one-hot code has a one.
+    """
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+
+
+def image_cosines(x):
+    """Return (B, 4, T, T): how alike the images of token i and of token j are.
+
+    A token holds two images, its query x_i and the labelled x_i-1. In order: query i with labelled
+    j, labelled with labelled, query with query, labelled with query.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        unit = F.normalize(x.float(), dim=-1)
+        cosines = F.pad(unit @ unit.mT, (1, 0, 1, 0))    # entry 0: no image
+    return torch.stack([cosines[:, 1:, :-1], cosines[:, :-1, :-1],
+                        cosines[:, 1:, 1:], cosines[:, :-1, 1:]], 1)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with normalised queries and keys and a learnt scale per head.
+
+    With COMPARE_IMAGES every head adds a learnt mixture of the four image cosines to its scores.
+    So images are compared in full: a residual stream of 256 numbers would blur their distances. The
+    mixtures start as nearest-neighbour look-ups of several sharpnesses, in the first layer between
+    query and labelled images, later half of them among labelled images.
+    Without, the first layer's queries and keys are learnt projections of the images, wider than the
+    stream and tied: the black-box way to compare images well.
+    """
+
+    def __init__(self, settings, first):
+        super().__init__()
+        size, self.heads = settings.MODEL_SIZE, settings.NUM_HEADS
+        self.qkv = nn.Linear(size, 3 * size, bias=False)
+        self.out = nn.Linear(size, size, bias=False)
+        nn.init.zeros_(self.out.weight)
+        self.log_scale = nn.Parameter(torch.full((self.heads,), math.log(2)))
+        self.mixture = self.glance = None
+        if settings.TOKEN_FORMAT == "pairs" and settings.COMPARE_IMAGES:
+            start = torch.zeros(self.heads, 4)
+            for head in range(self.heads):
+                kind = 0 if first or head % 2 == 0 else 1
+                start[head, kind] = 8 * 4 ** (head / max(1, self.heads - 1))      # 8 ... 32
+            self.mixture = nn.Parameter(start / MIXTURE_SCALE)
+        elif settings.TOKEN_FORMAT == "pairs" and first:
+            self.glance = nn.Linear(settings.PROJECTION_SIZE, 128 * self.heads, bias=False)
+            self.log_scale.data = torch.linspace(math.log(8), math.log(32), self.heads)
+
+    def forward(self, h, x, cosines):
+        B, T, D = h.shape
+        q, k, v = self.qkv(h).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if self.glance is not None:
+            seen = self.glance(x)
+            q, k = (a.view(B, T, self.heads, -1).transpose(1, 2) for a in (seen, shift(seen)))
+        q = F.normalize(q, dim=-1) * self.log_scale.exp()[:, None, None]
+        q, k = q.to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)
+        if self.mixture is None:
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+        else:
+            with torch.autocast(h.device.type, enabled=False):     # bf16 would blur the cosines
+                scores = torch.einsum("hc,bcij->bhij", MIXTURE_SCALE * self.mixture, cosines)
+            future = torch.ones(T, T, dtype=torch.bool, device=h.device).triu(1)
+            scores = scores.masked_fill(future, -math.inf)
+            scores = (scores - scores.detach().amax(-1, keepdim=True)).to(v.dtype)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=scores, scale=1.0)
+        return self.out(mixed.transpose(1, 2).reshape(B, T, D))
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block: attention, then an MLP, each added to the residual stream."""
+
+    def __init__(self, settings, first):
+        super().__init__()
+        self.attention = Attention(settings, first)
+        self.up = nn.Linear(settings.MODEL_SIZE, settings.MLP_SIZE, bias=False)
+        self.down = nn.Linear(settings.MLP_SIZE, settings.MODEL_SIZE, bias=False)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, h, x, cosines):
+        h = h + self.attention(norm(h), x, cosines)
+        return h + self.down(F.gelu(self.up(norm(h))))
+
+
+class InContextTransformer(nn.Module):
+    """Causal Transformer that predicts each example's class from the examples before it.
+
+    TOKEN_FORMAT "paper": token i is (A x_i, y_i-1), with learnt positions (paper, Sec. 3).
+    "pairs": token i is (A x_i, A x_i-1, y_i-1). The label stands beside its own image, so that no
+    layer has to be spent on finding "the label of the image before"; no positions are needed.
+    """
+
+    def __init__(self, settings):
+        super().__init__()
+        size, inputs = settings.MODEL_SIZE, settings.PROJECTION_SIZE
+        self.pairs = settings.TOKEN_FORMAT == "pairs"
+        width = size // 2 if self.pairs else size
+        self.embed_image = nn.Linear(inputs, width, bias=False)
+        self.embed_label = nn.Linear(C, size, bias=False)
+        nn.init.normal_(self.embed_image.weight, std=inputs**-0.5)
+        nn.init.normal_(self.embed_label.weight, std=3 * C**-0.5)
+        self.positions = None
+        if not self.pairs:
+            self.positions = nn.Parameter(0.02 * torch.randn(settings.NUM_EXAMPLES, size))
+        self.layers = nn.ModuleList(Block(settings, i == 0) for i in range(settings.NUM_LAYERS))
+        self.head = nn.Linear(size, C, bias=False)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x, y):
+        """Return logits (B, T, C) for x (B, T, P) and y (B, T); those of i never use y_i."""
+        h = image = self.embed_image(x)
+        if self.pairs:
+            h = torch.cat([image, shift(image)], -1)
+        h = h + self.embed_label(shift(F.one_hot(y, C).to(x.dtype)))
+        if self.positions is not None:
+            h = h + self.positions[:x.shape[1]]
+        cosines = image_cosines(x) if self.layers[0].attention.mixture is not None else None
+        for layer in self.layers:
+            h = layer(h, x, cosines)
+        return self.head(norm(h))
+
+
+# --------------------------------------------------------------------------------- meta-training
+def make_optimizers(model, settings):
+    """Return the optimisers; every parameter is in exactly one of them.
+
+    Muon orthogonalises the update of a matrix between hidden layers; embeddings, head and scalars
+    are AdamW's. Muon's rate is scaled to AdamW's step size, so that one rate serves both.
+    """
+    hidden = [p for p in model.layers.parameters() if p.ndim == 2 and min(p.shape) > C]
+    if settings.OPTIMIZER == "adamw":
+        hidden = []
+    rest = [p for p in model.parameters() if not any(p is other for other in hidden)]
+    adamw = torch.optim.AdamW(rest, settings.LEARNING_RATE, betas=(0.9, settings.ADAM_BETA2),
+                              eps=settings.ADAM_EPSILON, weight_decay=settings.WEIGHT_DECAY)
+    if not hidden:
+        return [adamw]
+    return [adamw, torch.optim.Muon(hidden, settings.LEARNING_RATE, adjust_lr_fn="match_rms_adamw",
+                                    weight_decay=settings.WEIGHT_DECAY)]
+
+
+def learning_rate(step, settings):
+    """Return the rate of a step: linear warm-up, constant, linear decay to zero."""
+    warm_up = (step + 1) / max(1, settings.WARMUP_STEPS)
+    decay = (settings.STEPS - step) / max(1.0, settings.DECAY_FRACTION * settings.STEPS)
+    return settings.LEARNING_RATE * min(1.0, warm_up, decay)
+
+
+def update(model, optimizers, x, y, rate, precision, clip):
+    """Make one step on sequences x (B, T, P), y (B, T); return the loss and the gradient's norm.
+
+    The loss is the mean cross-entropy in nats of every prediction, so of every prefix (Eq. 2). Where
+    it or the gradient is not finite, the model is left as it was.
+    """
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(x, y)
+    loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
+    loss.backward()
+    size = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    loss, size = loss.item(), size.item()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        if math.isfinite(loss + size):
+            optimizer.step()
+        optimizer.zero_grad()
+    return loss, size
+
+
+def meta_train(model, dataset, validation, settings, folder, precision, log):
+    """Train `model` in place; return what happened. Continues from the folder's checkpoint.
+
+    Raises UserError at a loss or gradient that is not finite, keeping the last checkpoint, and
+    Stopped after Ctrl-C or SIGTERM, leaving a checkpoint of the very last step.
+    """
+    optimizers = make_optimizers(model, settings)
+    progress = dict(step=0, seconds=0.0, drawing_seconds=0.0, rows=[])
+    path = folder / "checkpoint.pt"
+    if path.exists():
+        saved = load_checkpoint(path, dataset.x.device, settings)
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        progress = saved["progress"]
+        log(f"Continuing after step {progress['step']} of {path}.")
+
+    def save():
+        save_checkpoint(path, settings, model, progress=progress,
+                        optimizers=[optimizer.state_dict() for optimizer in optimizers])
+
+    log(progress_header(settings))
+    for row in progress["rows"]:
+        log(progress_row(row))
+    saved_at = time.time()
+    bar = tqdm(total=settings.STEPS, initial=progress["step"], disable=None, unit="step",
+               smoothing=0.05, dynamic_ncols=True, leave=False)
+    with stop_requests() as stopping, bar:
+        for step in range(progress["step"], settings.STEPS):
+            began = time.time()
+            key = (settings.SEED, "meta-training", step)
+            x, y = draw_sequences(dataset, settings.BATCH_SIZE, settings, key, settings.NUM_TASKS,
+                                  settings.BIASED_FRACTION)
+            synchronize(x.device)
+            progress["drawing_seconds"] += time.time() - began
+            rate = learning_rate(step, settings)
+            loss, size = update(model, optimizers, x, y, rate, precision, settings.GRADIENT_CLIP)
+            if not math.isfinite(loss + size):
+                raise UserError(f"the loss or its gradient is not finite at step {step + 1}; the "
+                                f"last good checkpoint stays in {folder}. Try a lower --LEARNING_"
+                                f"RATE than {settings.LEARNING_RATE:g}, or --PRECISION=fp32.")
+            progress["step"] = step + 1
+            progress["seconds"] += time.time() - began
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", rate=f"{rate:.1e}", refresh=False)
+            if (step + 1) % settings.ROW_EVERY == 0 or step + 1 == settings.STEPS:
+                hits = transformer_hits(model, validation, settings.ROW_SEQUENCES, settings, precision)
+                progress["rows"].append(dict(
+                    step=step + 1, seconds=progress["seconds"], loss=loss, rate=rate,
+                    accuracy=(hits / settings.ROW_SEQUENCES).tolist()))
+                log(progress_row(progress["rows"][-1]))
+            if stopping or time.time() - saved_at > settings.CHECKPOINT_SECONDS:
+                save()
+                saved_at = time.time()
+            if stopping:
+                raise Stopped(f"Stopped after step {step + 1}; the same command continues there.")
+    save()
+    return progress
+
+
+def progress_header(settings):
+    lengths = [n for n in CONTEXT_LENGTHS if n < settings.NUM_EXAMPLES]
+    return ("\nProgress: accuracy (%) on unseen tasks of validation images after so many examples\n"
+            f"{'step':>7}{'seconds':>9}{'loss':>8}{'rate':>9} |" + "".join(f"{n:6}" for n in lengths))
+
+
+def progress_row(row):
+    lengths = [n for n in CONTEXT_LENGTHS if n < len(row["accuracy"])]
+    return (f"{row['step']:7}{row['seconds']:9.0f}{row['loss']:8.3f}{row['rate']:9.1e} |"
+            + "".join(f"{100 * row['accuracy'][n]:6.1f}" for n in lengths))
+
+
+# ----------------------------------------------------------------------------------- evaluation
+def interval(successes, n):
+    """Return the 95 % Wilson interval (low, high) of a proportion; arrays work too."""
+    z, p = 1.959964, np.asarray(successes) / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return centre - half, centre + half
+
+
+# The classical learners see exactly what the model sees. All they need of it are the inner products
+# gram (B, n + 1, n + 1) of the n examples and the query, which is last, and the one-hot labels
+# targets (B, n, C). Each returns scores (B, C); a class without an example can't win.
+def nearest_neighbour(gram, targets):
+    distance = gram.diagonal(dim1=1, dim2=2)[:, :-1] - 2 * gram[:, -1, :-1]
+    return F.one_hot(distance.argmin(1), distance.shape[1]).float()[:, None] @ targets
+
+
+def nearest_centroid(gram, targets):
+    mean = targets / targets.sum(1, keepdim=True).clamp_min(1)
+    square = torch.einsum("bic,bij,bjc->bc", mean, gram[:, :-1, :-1], mean)
+    return 2 * gram[:, -1:, :-1] @ mean - square[:, None]
+
+
+def ridge(gram, targets, penalty=0.3):
+    """Least squares on one-hot labels; the penalty is relative to the mean squared length."""
+    seen = gram[:, :-1, :-1]
+    scale = penalty * seen.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    return gram[:, -1:, :-1] @ torch.linalg.solve(seen + scale * torch.eye(seen.shape[1]), targets)
+
+
+def kernel_ridge(gram, targets, penalty=0.1, width=0.25):
+    """Ridge with a Gaussian kernel; its width is relative to the mean squared distance."""
+    square = gram.diagonal(dim1=1, dim2=2)
+    distance = square[:, :, None] + square[:, None] - 2 * gram
+    scale = 2 * width * distance[:, :-1, :-1].mean((1, 2))[:, None, None] + 1e-12
+    return ridge(torch.exp(-distance / scale), targets - 1 / C, penalty)
+
+
+def sgd(gram, targets, rate=0.1, epochs=10):
+    """Softmax regression by plain SGD, one example after another, in passes over the context.
+
+    In its dual form: the weights are a sum of the examples, so only its coefficients are stepped.
+    """
+    seen = gram[:, :-1, :-1]
+    steps = rate / seen.diagonal(dim1=1, dim2=2).mean(1)[:, None]
+    coefficients = torch.zeros_like(targets)
+    for _ in range(epochs):
+        for i in range(targets.shape[1]):
+            logits = (seen[:, i:i + 1] @ coefficients)[:, 0]
+            coefficients[:, i] += steps * (targets[:, i] - logits.softmax(-1))
+    return gram[:, -1:, :-1] @ coefficients
+
+
+CLASSICAL = {"1-nearest neighbour": nearest_neighbour, "nearest centroid": nearest_centroid,
+             "ridge regression": ridge, "RBF kernel ridge": kernel_ridge, "SGD (softmax)": sgd}
+
+
+def classical_correct(learner, gram, y, n):
+    """Return (B,) whether `learner` classifies example n after the first n of gram (B, T, T)."""
+    targets = F.one_hot(y[:, :n], C).float()
+    scores = learner(gram[:, :n + 1, :n + 1], targets).squeeze(1)
+    present = targets.sum(1) > 0
+    return scores.masked_fill(~present, -math.inf).argmax(-1) == y[:, n]
+
+
+def evaluation_batches(dataset, n_sequences, settings, num_tasks=0):
+    """Yield x, y of fixed meta-test sequences: the same whatever SEED and training were."""
+    for start in range(0, n_sequences, 64):
+        yield draw_sequences(dataset, min(64, n_sequences - start), settings,
+                             ("meta-test", dataset.name, start), num_tasks)
+
+
+@torch.no_grad()
+def predict(model, x, y, precision):
+    """Return (B, T): the predicted class of every example, each from the examples before it."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return model(x, y).argmax(-1)
+
+
+def transformer_hits(model, dataset, n_sequences, settings, precision, num_tasks=0):
+    """Return (T,): in how many of the sequences the model is right after 0 .. T - 1 examples."""
+    batches = evaluation_batches(dataset, n_sequences, settings, num_tasks)
+    return sum((predict(model, x, y, precision) == y).sum(0).cpu().numpy() for x, y in batches)
+
+
+def classical_hits(learner, dataset, n_sequences, settings, lengths, num_tasks=0):
+    """Return the same for a classical learner and the given context lengths."""
+    hits = np.zeros(len(lengths), int)
+    for x, y in evaluation_batches(dataset, n_sequences, settings, num_tasks):
+        gram, y = (x @ x.mT).cpu(), y.cpu()              # linear algebra is at home on the CPU
+        for i, n in enumerate(lengths):
+            targets = F.one_hot(y[:, :n], C).float()
+            scores = learner(gram[:, :n + 1, :n + 1], targets)[:, 0]
+            scores = scores.masked_fill(targets.sum(1) == 0, -math.inf)
+            hits[i] += (scores.argmax(-1) == y[:, n]).sum().item()
+    return hits
+
+
+def evaluate(model, dataset, settings, precision, num_tasks=0):
+    """Return {learner: curve}, all on the same EVAL_SEQUENCES meta-test sequences.
+
+    A curve is a dict of lists: examples, accuracy, and its 95 % interval low, high. Ours has every
+    context length 0 .. T - 1, the classical learners' have those of CONTEXT_LENGTHS.
+    """
+    n, T = settings.EVAL_SEQUENCES, settings.NUM_EXAMPLES
+    lengths = [k for k in CONTEXT_LENGTHS if 0 < k < T]
+
+    def curve(examples, hits):
+        low, high = interval(hits, n)
+        return dict(examples=list(examples), accuracy=(hits / n).tolist(), low=low.tolist(),
+                    high=high.tolist(), sequences=n)
+
+    curves = {"Transformer": curve(range(T), transformer_hits(model, dataset, n, settings, precision,
+                                                              num_tasks))}
+    for name, learner in CLASSICAL.items():
+        curves[name] = curve(lengths, classical_hits(learner, dataset, n, settings, lengths,
+                                                     num_tasks))
+    return curves
+
+
+# ----------------------------------------------------------------------------------------- data
+def as_dataset(name, x, y, size, device):
+    """Return a Dataset of arrays x (n, ...) and y (n,): z-normalised by one mean and one std.
+
+    Images (n, h, w), (n, h, w, c) or (n, c, h, w) are resized to `size`; rows (n, N) stay as they
+    are. Labels of any kind become 0 .. classes - 1. Raises UserError for what can't be used.
+    """
+    x, y = torch.as_tensor(np.asarray(x)), np.asarray(y)
+    if x.ndim < 2 or y.ndim != 1 or len(x) != len(y):
+        raise UserError(f"{name}: x has shape {tuple(x.shape)} and y {y.shape}; expected one row "
+                        "of x per label: x (n, ...) and y (n,).")
+    kinds, y = np.unique(y, return_inverse=True)
+    if not 2 <= len(kinds) <= C:
+        raise UserError(f"{name}: {len(kinds)} classes; this model tells 2 to {C} classes apart.")
+    x = x.float()
+    if not x.isfinite().all() or x.std() == 0:
+        raise UserError(f"{name}: x is constant, or holds NaN or infinite values; clean it first.")
+    if x.ndim > 2:
+        x = x.movedim(-1, 1) if x.ndim == 4 and x.shape[-1] in (1, 3) else x
+        x = x[:, None] if x.ndim == 3 else x
+        if x.shape[-2:] != (size, size):
+            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+    x = x.flatten(1)
+    x = (x - x.mean()) / x.std()
+    return Dataset(name, x.to(device), torch.as_tensor(y).long().to(device), len(kinds))
+
+
+def torchvision_arrays(name, train, folder):
+    """Return the images and labels of one of torchvision's data sets, downloading if need be."""
+    try:
+        from torchvision import datasets
+    except (ImportError, RuntimeError) as error:         # "operator torchvision::nms ..."
+        raise UserError(
+            f"torchvision does not fit torch {torch.__version__} ({error}); install both from the "
+            "same place, for example: pip install --force-reinstall torch torchvision --index-url "
+            "https://download.pytorch.org/whl/cpu") from error
+    known = [n for n in datasets.__all__ if not n.startswith("Fake")]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        raise UserError(f"data set {name!r} is neither a torchvision data set nor an .npz file"
+                        + (f"; did you mean {near[0]}?" if near else "."))
+    make = getattr(datasets, name)
+    arguments = make.__init__.__code__.co_varnames
+    split = dict(train=train) if "train" in arguments else dict(split="train" if train else "test")
+    try:
+        with contextlib.redirect_stdout(None):           # its progress goes to stderr
+            data = make(folder, download=True, **split)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, PermissionError):
+            raise UserError(f"can't write to DATA_DIR {folder!r}: {error}.") from error
+        raise DataUnavailable(
+            f"{name} can't be had: it is not in {Path(folder, name)} and could not be downloaded "
+            f"({str(error).strip() or type(error).__name__}); put its files there.") from error
+    except (ValueError, AssertionError, EOFError) as error:
+        raise UserError(f"{name} in {Path(folder, name)} is damaged ({error}); delete that folder "
+                        "and run again to get it afresh.") from error
+    except (ModuleNotFoundError, TypeError) as error:
+        raise UserError(f"torchvision can't load {name} here: {error}.") from error
+    labels = data.targets if hasattr(data, "targets") else data.labels
+    return np.asarray(data.data), np.asarray(labels)
+
+
+def render_characters(characters, n, seed):
+    """Return n grey images (n, 28, 28) of the characters and their numbers: stands in for MNIST.
+
+    Drawn from matplotlib's own fonts in three stroke widths, then turned, scaled, slanted, shifted
+    and bent at random: so much that 1-nearest neighbour on 99 examples is right in about 70 % of
+    cases, as it is on MNIST.
+    """
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont          # matplotlib brings Pillow along
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    fonts = [path for path in sorted(folder.glob("*.ttf")) if re.match(
+        r"(DejaVuSans|DejaVuSansMono|DejaVuSerif|STIXGeneral|cm(b|r|ss|ti|tt)10)[^D]*$", path.stem)]
+    drawn = []
+    for path in fonts:
+        font = ImageFont.truetype(str(path), 40)
+        for stroke in range(3):
+            for character in characters:
+                image = Image.new("L", (56, 56))
+                ImageDraw.Draw(image).text((28, 28), character, fill=255, font=font, anchor="mm",
+                                           stroke_width=stroke)
+                drawn.append(np.asarray(image))
+    drawn = torch.tensor(np.array(drawn)).view(-1, len(characters), 56, 56)
+
+    g = torch.Generator().manual_seed(seed)
+    style = torch.randint(len(drawn), (n,), generator=g)
+    label = torch.randint(len(characters), (n,), generator=g)
+
+    def uniform(low, high):
+        return torch.empty(n).uniform_(low, high, generator=g)
+
+    turn, scale, slant = uniform(-0.12, 0.12), uniform(0.9, 1.1), uniform(-0.12, 0.12)
+    affine = torch.stack([
+        torch.stack([scale * turn.cos(), scale * (slant - turn.sin()), uniform(-.03, .03)], 1),
+        torch.stack([scale * turn.sin(), scale * turn.cos(), uniform(-.03, .03)], 1)], 1)
+    bend = F.interpolate(0.02 * torch.randn(n, 2, 4, 4, generator=g), (28, 28), mode="bicubic")
+    images = []
+    for i in range(0, n, 2048):                          # in parts: float images are large
+        part = slice(i, i + 2048)
+        grid = F.affine_grid(affine[part], (len(affine[part]), 1, 28, 28), align_corners=False)
+        image = drawn[style[part], label[part]][:, None].float()
+        image = F.grid_sample(image, grid + bend[part].movedim(1, -1), align_corners=False)
+        images.append(image[:, 0].clamp(0, 255).byte())
+    return torch.cat(images).numpy(), label.numpy()
+
+
+RENDERED = {"RenderedDigits": "0123456789", "RenderedLetters": "ABCDEFGHIJ"}
+
+
+def rendered_arrays(name, train, folder):
+    """Return rendered images and labels, from `folder` if they have been made before."""
+    path = Path(folder, name, "train.npz" if train else "test.npz")
+    if not path.exists():
+        x, y = render_characters(RENDERED[name], 20000 if train else 5000, seed=int(train))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            np.savez_compressed(temporary, x=x, y=y)
+    return npz_arrays(path)
+
+
+def npz_arrays(path):
+    """Return x and y of an .npz file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file["x"], file["y"]
+    except FileNotFoundError as error:
+        raise DataUnavailable(f"there is no file {path}; give the path of an .npz file.") from error
+    except KeyError as error:
+        raise UserError(f"{path} has no array {error}; expected x (n, ...) and y (n,).") from error
+    except Exception as error:                           # zipfile and numpy raise many kinds
+        raise UserError(f"{path} can't be read as an .npz file ({error}); make it again with "
+                        "numpy.savez(path, x=x, y=y).") from error
+
+
+def load_dataset(name, split, settings, device):
+    """Return the "train" or "test" images of a data set, by name or .npz path, on `device`.
+
+    An .npz file has no split of its own: every seventh row is for the test. A data set that was
+    not trained on is "unseen": all rows of a file, the test images of the others.
+    Raises DataUnavailable where there is no such data, UserError where it can't be used.
+    """
+    if name.endswith(".npz"):
+        x, y = npz_arrays(name)
+        if split != "unseen" and len(x) == len(y):
+            part = (np.arange(len(y)) % 7 == 0) == (split == "test")
+            x, y = x[part], y[part]
+        name = Path(name).stem
+    else:
+        arrays = rendered_arrays if name in RENDERED else torchvision_arrays
+        x, y = arrays(name, split == "train", settings.DATA_DIR)
+    dataset = as_dataset(name, x, y, settings.IMAGE_SIZE, device)
+    if len(dataset.y) < settings.NUM_EXAMPLES:
+        raise UserError(f"{name} has {len(dataset.y)} images ({split}); "
+                        f"a sequence needs NUM_EXAMPLES={settings.NUM_EXAMPLES} different ones.")
+    return dataset
+
+
+# ------------------------------------------------------------------------- plumbing: checkpoints
+class Stopped(Exception):
+    """The user asked the run to stop; its message says how to go on."""
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """Yield a list that Ctrl-C or SIGTERM makes non-empty; a second one stops at once."""
+    requests = []
+
+    def note(number, frame):
+        if requests:
+            raise KeyboardInterrupt
+        requests.append(number)
+
+    try:
+        former = {number: signal.signal(number, note)
+                  for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:                                   # not the main thread: nothing to catch
+        former = {}
+    try:
+        yield requests
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path that becomes `path` in one step, or never does."""
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, settings, model, **more):
+    """Write model, settings and whatever else resuming needs; `path` is never half written."""
+    with replacing(path) as temporary:
+        torch.save(dict(format="gpicl-1", settings=vars(settings), model=model.state_dict(), **more),
+                   temporary)
+
+
+def load_checkpoint(path, device="cpu", settings=None):
+    """Return the dict that save_checkpoint wrote; with `settings`, only if they are its own.
+
+    Raises UserError for any other file.
+    """
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {path}.") from error
+    except Exception as error:                           # torch raises many kinds for a bad file
+        raise UserError(f"{path} is truncated or not a checkpoint; delete it to train again from "
+                        "the start.") from error
+    if not isinstance(saved, dict) or saved.get("format") != "gpicl-1" or (
+            settings is not None and identity(saved["settings"]) != identity(vars(settings))):
+        raise UserError(f"{path} is not a checkpoint of this program with these settings; delete "
+                        "it to train again from the start.")
+    return saved
+
+
+def identity(settings):
+    """Return the settings that make a run what it is: all but where things lie."""
+    return {k: v for k, v in settings.items() if k not in ("OUT_DIR", "DATA_DIR")}
+
+
+# ---------------------------------------------------------------------------- plumbing: settings
+def setting_comments():
+    """Return {name: comment} of the settings, read from this file's own source, in its order."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    block = source[source.index("- settings\n"):source.index("- end of settings\n")]
+    return dict(re.findall(r"^([A-Z][A-Z0-9_]+) = .*?  # (.+)$", block, re.MULTILINE))
+
+
+def default_settings(**overrides):
+    """Return the settings at the top of this file, with some of them replaced."""
+    settings = SimpleNamespace(**{name: globals()[name] for name in setting_comments()})
+    unknown = set(overrides) - set(vars(settings))
+    if unknown:
+        raise UserError(f"there is no setting {', '.join(sorted(unknown))}.")
+    vars(settings).update(overrides)
+    return settings
+
+
+def read_value(name, text, default):
+    """Return the flag's text as a value of the type of `default`; 2**16 and 1e-3 are numbers."""
+    if isinstance(default, str):
+        return text
+    power = re.fullmatch(r"(\d{1,4})\*\*(\d{1,2})", text)
+    try:
+        value = int(power[1]) ** int(power[2]) if power else float(text)
+        if isinstance(default, int):
+            value = int(text) if re.fullmatch(r"[+-]?\d+", text) else value
+            if value != int(value):
+                raise ValueError
+        return type(default)(value)
+    except (ValueError, OverflowError):
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        raise UserError(f"--{name}={text}: expected {kind}, such as {default}.") from None
+
+
+def read_settings(arguments):
+    """Return (preset, settings) for command-line words: at most one preset, and flags."""
+    preset, settings = "default", default_settings()
+    for word in [word for word in arguments if not word.startswith("-")]:
+        if word not in PRESETS or preset != "default":
+            near = difflib.get_close_matches(word, PRESETS, 1)
+            raise UserError(f"unexpected word {word!r}; expected at most one preset of "
+                            f"{', '.join(PRESETS)}, and settings as --NAME=value"
+                            + (f". Did you mean {near[0]}?" if near else "."))
+        preset = word
+    vars(settings).update(PRESETS.get(preset, {}))
+    for word in [word for word in arguments if word.startswith("-")]:
+        name, equals, text = word.lstrip("-").partition("=")
+        if not hasattr(settings, name):
+            near = difflib.get_close_matches(name.upper(), vars(settings), 1, 0.5)
+            raise UserError(f"there is no setting {name!r}"
+                            + (f"; did you mean --{near[0]}=...?" if near else
+                               "; --help lists them all."))
+        if not equals:
+            raise UserError(f"{word} has no value; write --{name}=value.")
+        setattr(settings, name, read_value(name, text, getattr(settings, name)))
+    check_settings(settings)
+    return preset, settings
+
+
+def check_settings(s):
+    """Raise UserError for the first value or combination that can't work."""
+    for name, choices in CHOICES.items():
+        if getattr(s, name) not in choices:
+            raise UserError(f"{name} is {getattr(s, name)!r}; expected one of "
+                            f"{', '.join(choices)}.")
+    at_least = dict(NUM_TASKS=0, NUM_EXAMPLES=2, IMAGE_SIZE=1, PROJECTION_SIZE=1, MODEL_SIZE=1,
+                    NUM_LAYERS=1, NUM_HEADS=1, MLP_SIZE=1, BATCH_SIZE=1, STEPS=1, WARMUP_STEPS=0,
+                    DECAY_FRACTION=0, WEIGHT_DECAY=0, EVAL_SEQUENCES=1, ROW_EVERY=1,
+                    ROW_SEQUENCES=1, VALIDATION_IMAGES=0, CHECKPOINT_SECONDS=0, BIASED_FRACTION=0,
+                    ADAM_EPSILON=0, LEARNING_RATE=0, GRADIENT_CLIP=0)
+    for name, least in at_least.items():
+        if not least <= getattr(s, name) < math.inf:
+            raise UserError(f"{name} is {getattr(s, name)}; expected {least} or more.")
+    for name in ("BIASED_FRACTION", "DECAY_FRACTION", "ADAM_BETA2"):
+        if not 0 <= getattr(s, name) <= 1:
+            raise UserError(f"{name} is {getattr(s, name)}; expected a share from 0 to 1.")
+    if s.MODEL_SIZE % s.NUM_HEADS:
+        raise UserError(f"MODEL_SIZE={s.MODEL_SIZE} can't be split evenly over NUM_HEADS="
+                        f"{s.NUM_HEADS}; choose a multiple.")
+    if s.VALIDATION_IMAGES < s.NUM_EXAMPLES:
+        raise UserError(f"VALIDATION_IMAGES={s.VALIDATION_IMAGES} is less than one sequence of "
+                        f"NUM_EXAMPLES={s.NUM_EXAMPLES}.")
+
+
+# ----------------------------------------------------------------------- plumbing: device, folder
+def choose_device(wanted):
+    """Return (device, why)."""
+    usable = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if wanted == "auto":
+        best = next(name for name, there in usable.items() if there)
+        missing = ", ".join(name for name in ("cuda", "mps") if not usable[name])
+        return torch.device(best), "the best there is" if best == "cuda" else f"no {missing} here"
+    if not usable[wanted]:
+        raise UserError(f"DEVICE={wanted} is not available here; use --DEVICE=auto.")
+    return torch.device(wanted), "as asked for"
+
+
+def choose_precision(wanted, device):
+    """Return "bf16" where the hardware multiplies bf16 natively, else "fp32"."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    flags = Path("/proc/cpuinfo")
+    fast = flags.exists() and re.search(r"\b(avx512_bf16|amx_bf16)\b", flags.read_text())
+    return "bf16" if device.type == "cpu" and fast else "fp32"
+
+
+def synchronize(device):
+    """Wait for the device, so that a clock read next tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def machine():
+    """Return one line about the processor and the accelerator."""
+    flags = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.+)", flags.read_text()) if flags.exists() else None
+    line = f"{model[1] if model else platform.processor() or platform.machine()}, " \
+           f"{torch.get_num_threads()} threads, {platform.system()}"
+    return line + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
+
+
+def run_folder(settings, preset, train_name):
+    """Make and return the folder of these settings: readable, and with a hash that tells all."""
+    base = {**vars(default_settings()), **PRESETS.get(preset, {})}
+    relevant = identity(vars(settings))
+    words = [f"{k}={v}" for k, v in relevant.items() if v != base[k]]
+    digest = hashlib.blake2b(repr((train_name, sorted(relevant.items()))).encode(), digest_size=3)
+    name = "-".join([train_name, preset, *words])[:100]
+    folder = Path(settings.OUT_DIR, f"{re.sub('[^A-Za-z0-9.=_-]', '_', name)}-{digest.hexdigest()}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".probe").write_text("")
+        (folder / ".probe").unlink()
+    except OSError as error:
+        raise UserError(f"can't write to {folder} ({error.strerror}); choose another "
+                        "--OUT_DIR.") from error
+    return folder
+
+
+# ------------------------------------------------------------------------------ plumbing: reports
+def write_json(path, value):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))
+
+
+def table(results):
+    """Return the lines of the final table: accuracy in per cent by number of examples."""
+    lengths = [n for n in CONTEXT_LENGTHS if n < results["settings"]["NUM_EXAMPLES"]]
+    lines = ["", f"{'accuracy (%) after so many examples':36}" + "".join(f"{n:6}" for n in lengths)]
+
+    def row(label, cells):
+        lines.append(f"{label:36}" + "".join(f"{cell:>6}" for cell in cells))
+
+    for name, entry in results["data_sets"].items():
+        row(name, [f"{100 * entry['curves']['Transformer']['accuracy'][n]:.1f}" for n in lengths])
+        for learner, curve in entry["curves"].items():
+            at = {n: i for i, n in enumerate(curve["examples"])}
+            if learner == "Transformer":
+                row("  95 % interval +-", [f"{half_width(curve, at[n]):.1f}" for n in lengths])
+            else:
+                row("  " + learner, [f"{100 * curve['accuracy'][at[n]]:.1f}" if n in at else "-"
+                                     for n in lengths])
+        row("  chance", [f"{100 / entry['classes']:.1f}"] * len(lengths))
+        for method, number in entry["paper"].items():
+            row(f"  paper: {method}", ["" if n != 99 else f"{number:.1f}" for n in lengths])
+    lines.append("")
+    for name, entry in results["data_sets"].items():
+        curve, n = entry["curves"]["Transformer"], lengths[-1]
+        lines.append(f"{name.replace(' ', '-')}@{n}: {100 * curve['accuracy'][n]:.1f} ± "
+                     f"{half_width(curve, n):.1f}")
+    return lines
+
+
+def half_width(curve, i):
+    """Return half of the 95 % interval at the curve's point i, in per cent."""
+    return 50 * (curve["high"][i] - curve["low"][i])
+
+
+def write_csv(path, results):
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["data_set", "learner", "examples", "accuracy", "low", "high", "sequences"])
+        for name, entry in results["data_sets"].items():
+            for learner, curve in entry["curves"].items():
+                for point in zip(curve["examples"], curve["accuracy"], curve["low"], curve["high"]):
+                    writer.writerow([name, learner, *point, curve["sequences"]])
+
+
+def plot(path, results):
+    """Draw accuracy by number of examples, one panel per data set."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    entries = results["data_sets"]
+    figure = Figure(figsize=(4.6 * len(entries) + 0.4, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(entries), sharey=True, squeeze=False)[0]
+    for panel, (name, entry) in zip(panels, entries.items()):
+        for learner, curve in entry["curves"].items():
+            accuracy = 100 * np.array(curve["accuracy"])
+            if learner == "Transformer":
+                panel.fill_between(curve["examples"], 100 * np.array(curve["low"]),
+                                   100 * np.array(curve["high"]), color="C0", alpha=0.25, lw=0)
+                panel.plot(curve["examples"], accuracy, color="C0", lw=2, label=learner, zorder=5)
+            else:
+                panel.plot(curve["examples"], accuracy, "--", marker=".", lw=1, label=learner)
+        panel.axhline(100 / entry["classes"], color="grey", ls=":", label="chance")
+        if "GPICL" in entry["paper"]:
+            panel.plot([99], [entry["paper"]["GPICL"]], "k*", ms=10, label="paper's GPICL")
+        panel.set(title=name, xlabel="examples in context", ylim=(0, 100))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy (%)")
+    panels[-1].legend(fontsize=8, loc="lower right")
+    figure.suptitle(f"In-context learning after meta-training on {results['trained_on']}")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+# --------------------------------------------------------------------------------- the whole job
+def load_all(settings, device, log):
+    """Return (training, validation, {row name: (data set, NUM_TASKS to draw from)}).
+
+    Where "auto" can't have MNIST, rendered digits take its place, and a notice says so.
+    """
+    name = "MNIST" if settings.TRAIN_DATASET == "auto" else settings.TRAIN_DATASET
+    try:
+        whole = load_dataset(name, "train", settings, device)
+    except DataUnavailable as error:
+        if settings.TRAIN_DATASET != "auto":
+            raise
+        log(f"\n*** NOTICE: {error}\n*** Using rendered digits and letters in place of MNIST and "
+            "FashionMNIST;\n*** their numbers can't be compared with the paper's.\n")
+        name = "RenderedDigits"
+        whole = load_dataset(name, "train", settings, device)
+    kept = len(whole.y) - settings.VALIDATION_IMAGES
+    if kept < settings.NUM_EXAMPLES:
+        raise UserError(f"{name} has {len(whole.y)} training images; VALIDATION_IMAGES="
+                        f"{settings.VALIDATION_IMAGES} leaves too few for one sequence.")
+    training = whole._replace(x=whole.x[:kept], y=whole.y[:kept])
+    validation = whole._replace(x=whole.x[kept:], y=whole.y[kept:])
+
+    wanted = [word.strip() for word in settings.EVAL_DATASETS.split(",") if word.strip()]
+    if settings.EVAL_DATASETS == "auto":
+        wanted = [name, "RenderedLetters" if name in RENDERED else "FashionMNIST"]
+    tests = {}
+    for other in wanted:
+        try:
+            split = "test" if other == name else "unseen"
+            tests[other] = load_dataset(other, split, settings, device), 0
+        except DataUnavailable as error:
+            if settings.EVAL_DATASETS != "auto":
+                raise
+            log(f"\n*** NOTICE: {error}\n*** It is left out of the evaluation.\n")
+    if not tests:
+        raise UserError("EVAL_DATASETS names no data set; for example --EVAL_DATASETS=MNIST.")
+    if settings.NUM_TASKS and name in tests:
+        tests = {f"{name} seen tasks": (tests[name][0], settings.NUM_TASKS), **tests}
+    return training, validation, tests
+
+
+def announce(preset, settings, device, why, precision, datasets, model, log):
+    base = vars(default_settings())
+    changed = {k: v for k, v in vars(settings).items() if v != base[k]}
+    log(f"Device      {device.type} ({why}), {precision}; {machine()}; torch {torch.__version__}")
+    log("Data        " + "; ".join(f"{d.name} {use}: {len(d.y):,} x {d.x.shape[1]}, {d.classes} "
+                                   "classes" for use, d in datasets))
+    log(f"Model       {sum(p.numel() for p in model.parameters()):,} parameters, tokens "
+        f"{settings.TOKEN_FORMAT!r}")
+    log(f"Settings    preset {preset}; " + (", ".join(f"{k}={v}" for k, v in changed.items())
+                                            or "all as at the top of the file"))
+
+
+def run(preset, settings, log):
+    """Meta-train, evaluate and report; continue where a run of the same settings stopped."""
+    began = time.time()
+    device, why = choose_device(settings.DEVICE)
+    precision = choose_precision(settings.PRECISION, device)
+    training, validation, tests = load_all(settings, device, log)
+    folder = run_folder(settings, preset, training.name)
+    log.open(folder / "log.txt")
+    shutil.copyfile(__file__, folder / Path(__file__).name)
+    torch.manual_seed(settings.SEED)
+    model = InContextTransformer(settings).to(device)
+    uses = [("training", training), ("validation", validation),
+            *((f"test ({row})" if row != d.name else "test", d) for row, (d, _) in tests.items())]
+    announce(preset, settings, device, why, precision, uses, model, log)
+    log(f"Run folder  {folder}")
+
+    if (folder / "results.json").exists():
+        results = json.loads((folder / "results.json").read_text())
+        log("\n".join(table(results)))
+        log(f"This run was finished before. To make it afresh, delete {folder}")
+        return results
+    if (folder / "model.pt").exists():
+        saved = load_checkpoint(folder / "model.pt", device, settings)
+        model.load_state_dict(saved["model"])
+        progress = saved["progress"]
+    else:
+        progress = meta_train(model, training, validation, settings, folder, precision, log)
+        save_checkpoint(folder / "model.pt", settings, model, progress=progress)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    share = progress["drawing_seconds"] / max(progress["seconds"], 1e-9)
+    log(f"\nTrained {progress['step']} steps in {progress['seconds']:.0f} s; drawing tasks took "
+        f"{share:.1%} of it. Evaluating on {settings.EVAL_SEQUENCES} sequences a data set ...")
+
+    trained, data_sets = time.time(), {}
+    for row, (dataset, num_tasks) in tests.items():
+        curves = evaluate(model, dataset, settings, precision, num_tasks)
+        comparable = training.name == "MNIST" and settings.NUM_EXAMPLES == 100
+        data_sets[row] = dict(classes=dataset.classes, curves=curves,
+                              paper=PAPER.get(row, {}) if comparable else {})
+    results = dict(
+        trained_on=training.name, preset=preset, settings=vars(settings), data_sets=data_sets,
+        device=device.type, precision=precision, machine=machine(), versions=dict(
+            python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+        parameters=sum(p.numel() for p in model.parameters()), steps=progress["step"],
+        training_seconds=progress["seconds"], drawing_share=share, progress=progress["rows"],
+        evaluation_seconds=time.time() - trained, session_seconds=time.time() - began)
+    write_csv(folder / "curves.csv", results)
+    plot(folder / "accuracy_by_examples.png", results)
+    write_json(folder / "results.json", results)         # last: it marks the run as finished
+    log("\n".join(table(results)))
+    return results
+
+
+class Log:
+    """Prints lines without disturbing the progress bar, and keeps them in a file once opened."""
+
+    def __init__(self):
+        self.lines, self.path = [], None
+
+    def open(self, path):
+        self.path = path
+        self("\n".join(self.lines), show=False)
+
+    def __call__(self, text, show=True):
+        if show:
+            with tqdm.external_write_mode():
+                print(text, flush=True)
+        self.lines.append(text)
+        if self.path:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+
+def help_text():
+    """Return the usage, and every setting with its value and its comment."""
+    usage = __doc__[__doc__.index("    python"):__doc__.index("In the code")]
+    lines = ["Usage:\n", usage.rstrip(), "\nPresets:\n"]
+    lines += [f"    {name:8}" + " ".join(f"{k}={v}" for k, v in changes.items())
+              for name, changes in PRESETS.items()]
+    lines += ["\nSettings (--NAME=value):\n"]
+    lines += [f"    {name + '=' + str(globals()[name]):28} {comment}"
+              for name, comment in setting_comments().items()]
+    return "\n".join(lines)
+
+
+def main(arguments):
+    """Run the command line; return the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print(help_text())
+        return 0
+    socket.setdefaulttimeout(20)                         # of downloads from a silent network
+    try:
+        run(*read_settings(arguments), Log())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(stopped)
+        return 130
+    except KeyboardInterrupt:
+        print("Stopped; the same command continues from the last checkpoint.")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
