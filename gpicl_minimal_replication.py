@@ -4,7 +4,7 @@
 # ///
 """General-purpose in-context learning by meta-learning Transformers, in one file.
 
-Replicates Kirsch, Harrison, Sohl-Dickstein, Metz, arXiv 2212.04458 ("GPICL"). One labelled image set
+Replicates Kirsch, Harrison, Sohl-Dickstein, Metz, arXiv 2212.04458 (GPICL). One labelled image set
 is turned into endless tasks: every task projects the images with a random matrix A and permutes the
 labels with a random permutation rho. A causal Transformer sees one task as a sequence of examples
 and predicts each label from the examples before it. With enough tasks it stops memorising and
@@ -39,6 +39,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,6 +100,7 @@ ROW_SEQUENCES = 512          # validation sequences behind one such row
 CHECKPOINT_SECONDS = 30.0    # seconds between two checkpoints
 
 PRESETS = {
+    "default": {},
     "quick": dict(STEPS=600, ROW_EVERY=100),
     "paper": dict(IMAGE_SIZE=32, NUM_TASKS=2**25, PROJECTION_SIZE=3072, BIASED_FRACTION=0.9,
                   TOKEN_FORMAT="paper", MODEL_SIZE=256, NUM_LAYERS=4, NUM_HEADS=8, MLP_SIZE=1024,
@@ -108,7 +110,7 @@ PRESETS = {
 
 C = 10                                               # classes that the model tells apart
 MIXTURE_SCALE = 10.0                                 # makes Adam's steps fit the image mixtures
-CONTEXT_LENGTHS = (0, 1, 2, 5, 10, 20, 50, 99)       # columns of the printed table
+FORMAT = "gpicl-1"                                   # of checkpoints
 CHOICES = dict(DEVICE=("auto", "cuda", "mps", "cpu"), PRECISION=("auto", "bf16", "fp32"),
                TOKEN_FORMAT=("pairs", "paper"), OPTIMIZER=("muon", "adamw"))
 # The paper's table: accuracy on the 100th example after 99, meta-trained on MNIST.
@@ -239,6 +241,11 @@ def image_cosines(x):
                         cosines[:, 1:, 1:], cosines[:, :-1, 1:]], 1)
 
 
+def causal_mask(length, device):
+    """Return (T, T): 0 where row i may look at column j, j <= i, else minus infinity."""
+    return torch.full((length, length), -math.inf, device=device).triu(1)
+
+
 class Attention(nn.Module):
     """Causal multi-head attention with normalised queries and keys and a learnt scale per head.
 
@@ -279,12 +286,12 @@ class Attention(nn.Module):
         if self.mixture is None:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
         else:
-            with torch.autocast(h.device.type, enabled=False):     # bf16 would blur the cosines
+            # Written out: the fused kernels take no learnt bias, or are slower with one. The cosines
+            # stay in fp32, since bf16 would blur the difference between near and nearest.
+            with torch.autocast(h.device.type, enabled=False):
                 scores = torch.einsum("hc,bcij->bhij", MIXTURE_SCALE * self.mixture, cosines)
-            future = torch.ones(T, T, dtype=torch.bool, device=h.device).triu(1)
-            scores = scores.masked_fill(future, -math.inf)
-            scores = (scores - scores.detach().amax(-1, keepdim=True)).to(v.dtype)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=scores, scale=1.0)
+            scores = (q @ k.mT).float() + scores + causal_mask(T, h.device)
+            mixed = scores.softmax(-1).to(v.dtype) @ v
         return self.out(mixed.transpose(1, 2).reshape(B, T, D))
 
 
@@ -345,19 +352,21 @@ class InContextTransformer(nn.Module):
 def make_optimizers(model, settings):
     """Return the optimisers; every parameter is in exactly one of them.
 
-    Muon orthogonalises the update of a matrix between hidden layers; embeddings, head and scalars
-    are AdamW's. Muon's rate is scaled to AdamW's step size, so that one rate serves both.
+    Muon orthogonalises the updates of the matrices inside the layers; embeddings, head and scalars
+    are AdamW's. Muon's updates are scaled to the size of AdamW's, so that one rate serves both.
     """
     hidden = [p for p in model.layers.parameters() if p.ndim == 2 and min(p.shape) > C]
     if settings.OPTIMIZER == "adamw":
         hidden = []
     rest = [p for p in model.parameters() if not any(p is other for other in hidden)]
-    adamw = torch.optim.AdamW(rest, settings.LEARNING_RATE, betas=(0.9, settings.ADAM_BETA2),
-                              eps=settings.ADAM_EPSILON, weight_decay=settings.WEIGHT_DECAY)
-    if not hidden:
-        return [adamw]
-    return [adamw, torch.optim.Muon(hidden, settings.LEARNING_RATE, adjust_lr_fn="match_rms_adamw",
-                                    weight_decay=settings.WEIGHT_DECAY)]
+    optimizers = [torch.optim.AdamW(
+        rest, settings.LEARNING_RATE, betas=(0.9, settings.ADAM_BETA2), eps=settings.ADAM_EPSILON,
+        weight_decay=settings.WEIGHT_DECAY)]
+    if hidden:
+        optimizers.append(torch.optim.Muon(
+            hidden, settings.LEARNING_RATE, adjust_lr_fn="match_rms_adamw",
+            weight_decay=settings.WEIGHT_DECAY))
+    return optimizers
 
 
 def learning_rate(step, settings):
@@ -370,8 +379,8 @@ def learning_rate(step, settings):
 def update(model, optimizers, x, y, rate, precision, clip):
     """Make one step on sequences x (B, T, P), y (B, T); return the loss and the gradient's norm.
 
-    The loss is the mean cross-entropy in nats of every prediction, so of every prefix (Eq. 2). Where
-    it or the gradient is not finite, the model is left as it was.
+    The loss is the mean cross-entropy (nats) of every prediction, so of every prefix (Eq. 2). Where
+    it or the gradient is not finite the model stays as it was.
     """
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits = model(x, y)
@@ -389,7 +398,7 @@ def update(model, optimizers, x, y, rate, precision, clip):
 
 
 def meta_train(model, dataset, validation, settings, folder, precision, log):
-    """Train `model` in place; return what happened. Continues from the folder's checkpoint.
+    """Train `model` in place; return a dict of what happened. Continues the folder's checkpoint.
 
     Raises UserError at a loss or gradient that is not finite, keeping the last checkpoint, and
     Stopped after Ctrl-C or SIGTERM, leaving a checkpoint of the very last step.
@@ -403,24 +412,16 @@ def meta_train(model, dataset, validation, settings, folder, precision, log):
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         progress = saved["progress"]
-        log(f"Continuing after step {progress['step']} of {path}.")
-
-    def save():
-        save_checkpoint(path, settings, model, progress=progress,
-                        optimizers=[optimizer.state_dict() for optimizer in optimizers])
-
-    log(progress_header(settings))
-    for row in progress["rows"]:
-        log(progress_row(row))
+        log(f"Continuing after step {progress['step']} of {path}")
+    log("\n".join(progress_table(progress["rows"], settings)))
     saved_at = time.time()
     bar = tqdm(total=settings.STEPS, initial=progress["step"], disable=None, unit="step",
                smoothing=0.05, dynamic_ncols=True, leave=False)
     with stop_requests() as stopping, bar:
         for step in range(progress["step"], settings.STEPS):
             began = time.time()
-            key = (settings.SEED, "meta-training", step)
-            x, y = draw_sequences(dataset, settings.BATCH_SIZE, settings, key, settings.NUM_TASKS,
-                                  settings.BIASED_FRACTION)
+            x, y = draw_sequences(dataset, settings.BATCH_SIZE, settings, ("train", settings.SEED,
+                                  step), settings.NUM_TASKS, settings.BIASED_FRACTION)
             synchronize(x.device)
             progress["drawing_seconds"] += time.time() - began
             rate = learning_rate(step, settings)
@@ -433,31 +434,20 @@ def meta_train(model, dataset, validation, settings, folder, precision, log):
             progress["seconds"] += time.time() - began
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", rate=f"{rate:.1e}", refresh=False)
-            if (step + 1) % settings.ROW_EVERY == 0 or step + 1 == settings.STEPS:
-                hits = transformer_hits(model, validation, settings.ROW_SEQUENCES, settings, precision)
+            if progress["step"] % settings.ROW_EVERY == 0 or progress["step"] == settings.STEPS:
+                hits = count_hits(model, validation, settings.ROW_SEQUENCES, settings, precision)
                 progress["rows"].append(dict(
-                    step=step + 1, seconds=progress["seconds"], loss=loss, rate=rate,
-                    accuracy=(hits / settings.ROW_SEQUENCES).tolist()))
-                log(progress_row(progress["rows"][-1]))
-            if stopping or time.time() - saved_at > settings.CHECKPOINT_SECONDS:
-                save()
+                    step=progress["step"], seconds=progress["seconds"], loss=loss, rate=rate,
+                    accuracy=(hits["Transformer"] / settings.ROW_SEQUENCES).tolist()))
+                log(progress_table(progress["rows"], settings)[-1])
+            done = progress["step"] == settings.STEPS
+            if done or stopping or time.time() - saved_at > settings.CHECKPOINT_SECONDS:
+                save_checkpoint(path, settings, model, progress=progress,
+                                optimizers=[optimizer.state_dict() for optimizer in optimizers])
                 saved_at = time.time()
-            if stopping:
+            if stopping and not done:
                 raise Stopped(f"Stopped after step {step + 1}; the same command continues there.")
-    save()
     return progress
-
-
-def progress_header(settings):
-    lengths = [n for n in CONTEXT_LENGTHS if n < settings.NUM_EXAMPLES]
-    return ("\nProgress: accuracy (%) on unseen tasks of validation images after so many examples\n"
-            f"{'step':>7}{'seconds':>9}{'loss':>8}{'rate':>9} |" + "".join(f"{n:6}" for n in lengths))
-
-
-def progress_row(row):
-    lengths = [n for n in CONTEXT_LENGTHS if n < len(row["accuracy"])]
-    return (f"{row['step']:7}{row['seconds']:9.0f}{row['loss']:8.3f}{row['rate']:9.1e} |"
-            + "".join(f"{100 * row['accuracy'][n]:6.1f}" for n in lengths))
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -490,7 +480,7 @@ def ridge(gram, targets, penalty=0.3):
     return gram[:, -1:, :-1] @ torch.linalg.solve(seen + scale * torch.eye(seen.shape[1]), targets)
 
 
-def kernel_ridge(gram, targets, penalty=0.1, width=0.25):
+def kernel_ridge(gram, targets, penalty=0.03, width=0.25):
     """Ridge with a Gaussian kernel; its width is relative to the mean squared distance."""
     square = gram.diagonal(dim1=1, dim2=2)
     distance = square[:, :, None] + square[:, None] - 2 * gram
@@ -498,7 +488,7 @@ def kernel_ridge(gram, targets, penalty=0.1, width=0.25):
     return ridge(torch.exp(-distance / scale), targets - 1 / C, penalty)
 
 
-def sgd(gram, targets, rate=0.1, epochs=10):
+def sgd(gram, targets, rate=1.0, epochs=10):
     """Softmax regression by plain SGD, one example after another, in passes over the context.
 
     In its dual form: the weights are a sum of the examples, so only its coefficients are stepped.
@@ -517,14 +507,6 @@ CLASSICAL = {"1-nearest neighbour": nearest_neighbour, "nearest centroid": neare
              "ridge regression": ridge, "RBF kernel ridge": kernel_ridge, "SGD (softmax)": sgd}
 
 
-def classical_correct(learner, gram, y, n):
-    """Return (B,) whether `learner` classifies example n after the first n of gram (B, T, T)."""
-    targets = F.one_hot(y[:, :n], C).float()
-    scores = learner(gram[:, :n + 1, :n + 1], targets).squeeze(1)
-    present = targets.sum(1) > 0
-    return scores.masked_fill(~present, -math.inf).argmax(-1) == y[:, n]
-
-
 def evaluation_batches(dataset, n_sequences, settings, num_tasks=0):
     """Yield x, y of fixed meta-test sequences: the same whatever SEED and training were."""
     for start in range(0, n_sequences, 64):
@@ -539,45 +521,45 @@ def predict(model, x, y, precision):
         return model(x, y).argmax(-1)
 
 
-def transformer_hits(model, dataset, n_sequences, settings, precision, num_tasks=0):
-    """Return (T,): in how many of the sequences the model is right after 0 .. T - 1 examples."""
-    batches = evaluation_batches(dataset, n_sequences, settings, num_tasks)
-    return sum((predict(model, x, y, precision) == y).sum(0).cpu().numpy() for x, y in batches)
-
-
-def classical_hits(learner, dataset, n_sequences, settings, lengths, num_tasks=0):
-    """Return the same for a classical learner and the given context lengths."""
-    hits = np.zeros(len(lengths), int)
+def count_hits(model, dataset, n_sequences, settings, precision, num_tasks=0, lengths=()):
+    """Return {learner: in how many sequences it was right}: ours after 0 .. T - 1 examples, the
+    classical learners' after each number of examples in `lengths`, on the same sequences.
+    """
+    hits = {"Transformer": np.zeros(settings.NUM_EXAMPLES, int)}
+    hits |= {name: np.zeros(len(lengths), int) for name in CLASSICAL if len(lengths)}
     for x, y in evaluation_batches(dataset, n_sequences, settings, num_tasks):
-        gram, y = (x @ x.mT).cpu(), y.cpu()              # linear algebra is at home on the CPU
+        hits["Transformer"] += (predict(model, x, y, precision) == y).sum(0).cpu().numpy()
+        gram, y = (x @ x.mT).cpu() if len(lengths) else None, y.cpu()
         for i, n in enumerate(lengths):
             targets = F.one_hot(y[:, :n], C).float()
-            scores = learner(gram[:, :n + 1, :n + 1], targets)[:, 0]
-            scores = scores.masked_fill(targets.sum(1) == 0, -math.inf)
-            hits[i] += (scores.argmax(-1) == y[:, n]).sum().item()
+            for name, learner in CLASSICAL.items():      # linear algebra is at home on the CPU
+                scores = learner(gram[:, :n + 1, :n + 1], targets)[:, 0]
+                scores = scores.masked_fill(targets.sum(1) == 0, -math.inf)
+                hits[name][i] += (scores.argmax(-1) == y[:, n]).sum().item()
     return hits
 
 
 def evaluate(model, dataset, settings, precision, num_tasks=0):
-    """Return {learner: curve}, all on the same EVAL_SEQUENCES meta-test sequences.
+    """Return {learner: curve} on EVAL_SEQUENCES meta-test sequences of unseen tasks.
 
-    A curve is a dict of lists: examples, accuracy, and its 95 % interval low, high. Ours has every
-    context length 0 .. T - 1, the classical learners' have those of CONTEXT_LENGTHS.
+    With `num_tasks`, on tasks of that fixed set. A curve is a dict of lists: examples, accuracy and
+    its 95 % interval low, high.
     """
-    n, T = settings.EVAL_SEQUENCES, settings.NUM_EXAMPLES
-    lengths = [k for k in CONTEXT_LENGTHS if 0 < k < T]
-
-    def curve(examples, hits):
+    n, lengths = settings.EVAL_SEQUENCES, context_lengths(settings)[1:]
+    curves = {}
+    for name, hits in count_hits(model, dataset, n, settings, precision, num_tasks,
+                                 lengths).items():
         low, high = interval(hits, n)
-        return dict(examples=list(examples), accuracy=(hits / n).tolist(), low=low.tolist(),
-                    high=high.tolist(), sequences=n)
-
-    curves = {"Transformer": curve(range(T), transformer_hits(model, dataset, n, settings, precision,
-                                                              num_tasks))}
-    for name, learner in CLASSICAL.items():
-        curves[name] = curve(lengths, classical_hits(learner, dataset, n, settings, lengths,
-                                                     num_tasks))
+        curves[name] = dict(
+            examples=list(range(len(hits))) if name == "Transformer" else lengths,
+            accuracy=(hits / n).tolist(), low=low.tolist(), high=high.tolist(), sequences=n)
     return curves
+
+
+def context_lengths(settings):
+    """Return the columns of the printed tables: the last is the longest context there is."""
+    return [n for n in (0, 1, 2, 5, 10, 20, 50) if n < settings.NUM_EXAMPLES - 1] + [
+        settings.NUM_EXAMPLES - 1]
 
 
 # ----------------------------------------------------------------------------------------- data
@@ -740,7 +722,7 @@ def load_dataset(name, split, settings, device):
 
 # ------------------------------------------------------------------------- plumbing: checkpoints
 class Stopped(Exception):
-    """The user asked the run to stop; its message says how to go on."""
+    """The user asked the run to stop; the message says how to go on."""
 
 
 @contextlib.contextmanager
@@ -753,11 +735,10 @@ def stop_requests():
             raise KeyboardInterrupt
         requests.append(number)
 
-    try:
-        former = {number: signal.signal(number, note)
-                  for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:                                   # not the main thread: nothing to catch
-        former = {}
+    signals = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        signals = ()                                     # only the main thread may catch them
+    former = {number: signal.signal(number, note) for number in signals}
     try:
         yield requests
     finally:
@@ -779,12 +760,12 @@ def replacing(path):
 def save_checkpoint(path, settings, model, **more):
     """Write model, settings and whatever else resuming needs; `path` is never half written."""
     with replacing(path) as temporary:
-        torch.save(dict(format="gpicl-1", settings=vars(settings), model=model.state_dict(), **more),
+        torch.save(dict(format=FORMAT, settings=vars(settings), model=model.state_dict(), **more),
                    temporary)
 
 
 def load_checkpoint(path, device="cpu", settings=None):
-    """Return the dict that save_checkpoint wrote; with `settings`, only if they are its own.
+    """Return the dict that save_checkpoint wrote; with `settings`, only if they are the same.
 
     Raises UserError for any other file.
     """
@@ -795,7 +776,7 @@ def load_checkpoint(path, device="cpu", settings=None):
     except Exception as error:                           # torch raises many kinds for a bad file
         raise UserError(f"{path} is truncated or not a checkpoint; delete it to train again from "
                         "the start.") from error
-    if not isinstance(saved, dict) or saved.get("format") != "gpicl-1" or (
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT or (
             settings is not None and identity(saved["settings"]) != identity(vars(settings))):
         raise UserError(f"{path} is not a checkpoint of this program with these settings; delete "
                         "it to train again from the start.")
@@ -803,7 +784,7 @@ def load_checkpoint(path, device="cpu", settings=None):
 
 
 def identity(settings):
-    """Return the settings that make a run what it is: all but where things lie."""
+    """Return the settings that make a run what it is: all but where its files lie."""
     return {k: v for k, v in settings.items() if k not in ("OUT_DIR", "DATA_DIR")}
 
 
@@ -818,48 +799,51 @@ def setting_comments():
 def default_settings(**overrides):
     """Return the settings at the top of this file, with some of them replaced."""
     settings = SimpleNamespace(**{name: globals()[name] for name in setting_comments()})
-    unknown = set(overrides) - set(vars(settings))
-    if unknown:
-        raise UserError(f"there is no setting {', '.join(sorted(unknown))}.")
-    vars(settings).update(overrides)
+    for name, value in overrides.items():
+        if not hasattr(settings, name):
+            raise UserError(f"there is no setting {name!r}{did_you_mean(name, vars(settings))}")
+        setattr(settings, name, value)
     return settings
+
+
+def did_you_mean(word, known):
+    """Return the end of an error message: the nearest known word, or all of them."""
+    near = difflib.get_close_matches(word.upper(), [name.upper() for name in known], 1, 0.5)
+    names = [name for name in known if name.upper() in near]
+    return f"; did you mean {names[0]}?" if names else f"; expected one of {', '.join(known)}."
 
 
 def read_value(name, text, default):
     """Return the flag's text as a value of the type of `default`; 2**16 and 1e-3 are numbers."""
-    if isinstance(default, str):
-        return text
-    power = re.fullmatch(r"(\d{1,4})\*\*(\d{1,2})", text)
+    kind = {bool: "True or False", int: "a whole number", float: "a number"}.get(type(default))
     try:
+        if isinstance(default, str):
+            return text
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[text.lower()]
+        power = re.fullmatch(r"(\d{1,3})\*\*(\d{1,2})", text)
         value = int(power[1]) ** int(power[2]) if power else float(text)
         if isinstance(default, int):
-            value = int(text) if re.fullmatch(r"[+-]?\d+", text) else value
+            value = int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else value
             if value != int(value):
                 raise ValueError
         return type(default)(value)
-    except (ValueError, OverflowError):
-        kind = "a whole number" if isinstance(default, int) else "a number"
+    except (ValueError, OverflowError, KeyError):
         raise UserError(f"--{name}={text}: expected {kind}, such as {default}.") from None
 
 
 def read_settings(arguments):
-    """Return (preset, settings) for command-line words: at most one preset, and flags."""
-    preset, settings = "default", default_settings()
-    for word in [word for word in arguments if not word.startswith("-")]:
-        if word not in PRESETS or preset != "default":
-            near = difflib.get_close_matches(word, PRESETS, 1)
-            raise UserError(f"unexpected word {word!r}; expected at most one preset of "
-                            f"{', '.join(PRESETS)}, and settings as --NAME=value"
-                            + (f". Did you mean {near[0]}?" if near else "."))
-        preset = word
-    vars(settings).update(PRESETS.get(preset, {}))
+    """Return (preset, settings) for the words of a command line: a preset and flags."""
+    words = [word for word in arguments if not word.startswith("-")]
+    for word in words[1:] + [word for word in words[:1] if word not in PRESETS]:
+        raise UserError(f"unexpected word {word!r}{did_you_mean(word, PRESETS)} At most one "
+                        "preset is read, and settings as --NAME=value.")
+    preset = words[0] if words else "default"
+    settings = default_settings(**PRESETS[preset])
     for word in [word for word in arguments if word.startswith("-")]:
         name, equals, text = word.lstrip("-").partition("=")
         if not hasattr(settings, name):
-            near = difflib.get_close_matches(name.upper(), vars(settings), 1, 0.5)
-            raise UserError(f"there is no setting {name!r}"
-                            + (f"; did you mean --{near[0]}=...?" if near else
-                               "; --help lists them all."))
+            raise UserError(f"there is no setting {name!r}{did_you_mean(name, vars(settings))}")
         if not equals:
             raise UserError(f"{word} has no value; write --{name}=value.")
         setattr(settings, name, read_value(name, text, getattr(settings, name)))
@@ -868,25 +852,25 @@ def read_settings(arguments):
 
 
 def check_settings(s):
-    """Raise UserError for the first value or combination that can't work."""
-    for name, choices in CHOICES.items():
-        if getattr(s, name) not in choices:
-            raise UserError(f"{name} is {getattr(s, name)!r}; expected one of "
-                            f"{', '.join(choices)}.")
-    at_least = dict(NUM_TASKS=0, NUM_EXAMPLES=2, IMAGE_SIZE=1, PROJECTION_SIZE=1, MODEL_SIZE=1,
-                    NUM_LAYERS=1, NUM_HEADS=1, MLP_SIZE=1, BATCH_SIZE=1, STEPS=1, WARMUP_STEPS=0,
-                    DECAY_FRACTION=0, WEIGHT_DECAY=0, EVAL_SEQUENCES=1, ROW_EVERY=1,
-                    ROW_SEQUENCES=1, VALIDATION_IMAGES=0, CHECKPOINT_SECONDS=0, BIASED_FRACTION=0,
-                    ADAM_EPSILON=0, LEARNING_RATE=0, GRADIENT_CLIP=0)
-    for name, least in at_least.items():
-        if not least <= getattr(s, name) < math.inf:
-            raise UserError(f"{name} is {getattr(s, name)}; expected {least} or more.")
+    """Raise UserError for the first value or combination of settings that can't work."""
+    for name, value in vars(s).items():
+        default, may_be_zero = globals()[name], name in ("SEED", "NUM_TASKS", "WARMUP_STEPS")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise UserError(f"{name} is {value!r}; expected one of {', '.join(CHOICES[name])}.")
+        if type(value) is not type(default) and not (type(default) is float and value == 0):
+            raise UserError(f"{name} is {value!r}; expected a value like {default!r}.")
+        if type(default) is int and value < (0 if may_be_zero else 1):
+            raise UserError(f"{name} is {value}; expected {0 if may_be_zero else 1} or more.")
+        if type(default) is float and not 0 <= value < math.inf:
+            raise UserError(f"{name} is {value}; expected a number of 0 or more.")
     for name in ("BIASED_FRACTION", "DECAY_FRACTION", "ADAM_BETA2"):
-        if not 0 <= getattr(s, name) <= 1:
+        if getattr(s, name) > 1:
             raise UserError(f"{name} is {getattr(s, name)}; expected a share from 0 to 1.")
-    if s.MODEL_SIZE % s.NUM_HEADS:
-        raise UserError(f"MODEL_SIZE={s.MODEL_SIZE} can't be split evenly over NUM_HEADS="
-                        f"{s.NUM_HEADS}; choose a multiple.")
+    if s.MODEL_SIZE % s.NUM_HEADS or s.MODEL_SIZE % 2:
+        raise UserError(f"MODEL_SIZE={s.MODEL_SIZE} must be even and a multiple of NUM_HEADS="
+                        f"{s.NUM_HEADS}.")
+    if s.NUM_EXAMPLES < 2:
+        raise UserError("NUM_EXAMPLES=1 leaves nothing to learn from; expected 2 or more.")
     if s.VALIDATION_IMAGES < s.NUM_EXAMPLES:
         raise UserError(f"VALIDATION_IMAGES={s.VALIDATION_IMAGES} is less than one sequence of "
                         f"NUM_EXAMPLES={s.NUM_EXAMPLES}.")
@@ -896,13 +880,13 @@ def check_settings(s):
 def choose_device(wanted):
     """Return (device, why)."""
     usable = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if wanted == "auto":
-        best = next(name for name, there in usable.items() if there)
-        missing = ", ".join(name for name in ("cuda", "mps") if not usable[name])
-        return torch.device(best), "the best there is" if best == "cuda" else f"no {missing} here"
-    if not usable[wanted]:
+    if not usable.get(wanted, True):
         raise UserError(f"DEVICE={wanted} is not available here; use --DEVICE=auto.")
-    return torch.device(wanted), "as asked for"
+    if wanted != "auto":
+        return torch.device(wanted), "as asked for"
+    best = next(name for name, there in usable.items() if there)
+    missing = [name for name in usable if not usable[name] and name < best] or ["nothing better"]
+    return torch.device(best), f"{' and '.join(missing)} not found"
 
 
 def choose_precision(wanted, device):
@@ -910,37 +894,39 @@ def choose_precision(wanted, device):
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    flags = Path("/proc/cpuinfo")
-    fast = flags.exists() and re.search(r"\b(avx512_bf16|amx_bf16)\b", flags.read_text())
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
+    fast = re.search(r"\b(avx512_bf16|amx_bf16)\b", cpu_info())
     return "bf16" if device.type == "cpu" and fast else "fp32"
+
+
+def cpu_info():
+    """Return what Linux says of the processor; elsewhere nothing."""
+    file = Path("/proc/cpuinfo")
+    return file.read_text() if file.exists() else ""
 
 
 def synchronize(device):
     """Wait for the device, so that a clock read next tells the truth."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
 
 
-def machine():
-    """Return one line about the processor and the accelerator."""
-    flags = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.+)", flags.read_text()) if flags.exists() else None
-    line = f"{model[1] if model else platform.processor() or platform.machine()}, " \
-           f"{torch.get_num_threads()} threads, {platform.system()}"
-    return line + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
+def machine(device):
+    """Return the processor and the accelerator in words."""
+    model = re.search(r"model name\s*: (.+)", cpu_info())
+    words = [model[1] if model else platform.processor() or platform.machine(),
+             f"{torch.get_num_threads()} threads", platform.system()]
+    return ", ".join(words + ([torch.cuda.get_device_name()] if device.type == "cuda" else []))
 
 
 def run_folder(settings, preset, train_name):
-    """Make and return the folder of these settings: readable, and with a hash that tells all."""
-    base = {**vars(default_settings()), **PRESETS.get(preset, {})}
-    relevant = identity(vars(settings))
-    words = [f"{k}={v}" for k, v in relevant.items() if v != base[k]]
-    digest = hashlib.blake2b(repr((train_name, sorted(relevant.items()))).encode(), digest_size=3)
-    name = "-".join([train_name, preset, *words])[:100]
-    folder = Path(settings.OUT_DIR, f"{re.sub('[^A-Za-z0-9.=_-]', '_', name)}-{digest.hexdigest()}")
+    """Make and return the folder of these settings: a readable name, and a hash of them all."""
+    base = {**vars(default_settings()), **PRESETS[preset]}
+    words = [f"{k}={v}" for k, v in identity(vars(settings)).items() if v != base[k]]
+    digest = hashlib.blake2b(repr((train_name, sorted(identity(vars(settings)).items()))).encode(),
+                             digest_size=3).hexdigest()
+    name = re.sub("[^A-Za-z0-9.=_-]", "_", "-".join([train_name, preset, *words])[:100])
+    folder = Path(settings.OUT_DIR, f"{name}-{digest}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".probe").write_text("")
@@ -951,32 +937,61 @@ def run_folder(settings, preset, train_name):
     return folder
 
 
+class Log:
+    """Prints lines without disturbing the progress bar, and keeps them in a file once opened."""
+
+    def __init__(self):
+        self.path, self.early = None, []
+
+    def open(self, path):
+        self.path = path
+        self.write("\n".join(self.early))
+
+    def write(self, text):
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def __call__(self, text):
+        with tqdm.external_write_mode():
+            print(text, flush=True)
+        self.write(text) if self.path else self.early.append(text)
+
+
 # ------------------------------------------------------------------------------ plumbing: reports
-def write_json(path, value):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1))
+def progress_table(rows, settings):
+    """Return the lines of the table that grows during training."""
+    lengths = context_lengths(settings)
+    lines = ["", "Accuracy (%) on unseen tasks of validation images, after so many examples:",
+             f"{'step':>7}{'seconds':>9}{'loss':>8}{'rate':>9}  |" + "".join(
+                 f"{n:6}" for n in lengths)]
+    return lines + [f"{row['step']:7}{row['seconds']:9.0f}{row['loss']:8.3f}{row['rate']:9.1e}  |"
+                    + "".join(f"{100 * row['accuracy'][n]:6.1f}" for n in lengths) for row in rows]
 
 
-def table(results):
-    """Return the lines of the final table: accuracy in per cent by number of examples."""
-    lengths = [n for n in CONTEXT_LENGTHS if n < results["settings"]["NUM_EXAMPLES"]]
-    lines = ["", f"{'accuracy (%) after so many examples':36}" + "".join(f"{n:6}" for n in lengths)]
+def half_width(curve, i):
+    """Return half of the 95 % interval at the curve's point i, in per cent."""
+    return 50 * (curve["high"][i] - curve["low"][i])
+
+
+def result_table(results):
+    """Return the lines of the final table and the greppable ones."""
+    lengths = results["context_lengths"]
+    lines = ["", f"{'Accuracy (%) after so many examples':38}" + "".join(f"{n:6}" for n in lengths)]
 
     def row(label, cells):
-        lines.append(f"{label:36}" + "".join(f"{cell:>6}" for cell in cells))
+        lines.append((f"{label:38}" + "".join(f"{cell:>6}" for cell in cells)).rstrip())
 
     for name, entry in results["data_sets"].items():
-        row(name, [f"{100 * entry['curves']['Transformer']['accuracy'][n]:.1f}" for n in lengths])
         for learner, curve in entry["curves"].items():
             at = {n: i for i, n in enumerate(curve["examples"])}
+            cells = [f"{100 * curve['accuracy'][at[n]]:.1f}" if n in at else "-" for n in lengths]
+            row(f"{name}: Transformer" if learner == "Transformer" else "  " + learner, cells)
             if learner == "Transformer":
-                row("  95 % interval +-", [f"{half_width(curve, at[n]):.1f}" for n in lengths])
-            else:
-                row("  " + learner, [f"{100 * curve['accuracy'][at[n]]:.1f}" if n in at else "-"
-                                     for n in lengths])
-        row("  chance", [f"{100 / entry['classes']:.1f}"] * len(lengths))
-        for method, number in entry["paper"].items():
-            row(f"  paper: {method}", ["" if n != 99 else f"{number:.1f}" for n in lengths])
+                row("  95 % interval, ±", [f"{half_width(curve, n):.1f}" for n in lengths])
+        row("  chance", [f"{100 / entry['classes']:.1f}" for n in lengths])
+        if entry["paper"]:
+            words = ", ".join(f"{method} {value}" for method, value in entry["paper"].items())
+            lines.append(f"  the paper, after 99: {words}")
     lines.append("")
     for name, entry in results["data_sets"].items():
         curve, n = entry["curves"]["Transformer"], lengths[-1]
@@ -985,53 +1000,56 @@ def table(results):
     return lines
 
 
-def half_width(curve, i):
-    """Return half of the 95 % interval at the curve's point i, in per cent."""
-    return 50 * (curve["high"][i] - curve["low"][i])
-
-
 def write_csv(path, results):
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["data_set", "learner", "examples", "accuracy", "low", "high", "sequences"])
+        writer.writerow(["data_set", "learner", "examples", "accuracy", "low", "high"])
         for name, entry in results["data_sets"].items():
             for learner, curve in entry["curves"].items():
                 for point in zip(curve["examples"], curve["accuracy"], curve["low"], curve["high"]):
-                    writer.writerow([name, learner, *point, curve["sequences"]])
+                    writer.writerow([name, learner, *point])
 
 
 def plot(path, results):
     """Draw accuracy by number of examples, one panel per data set."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure                 # no pyplot: needs no display, no state
     entries = results["data_sets"]
-    figure = Figure(figsize=(4.6 * len(entries) + 0.4, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(max(6, 4.4 * len(entries)), 4.4), layout="constrained")
     panels = figure.subplots(1, len(entries), sharey=True, squeeze=False)[0]
     for panel, (name, entry) in zip(panels, entries.items()):
         for learner, curve in entry["curves"].items():
-            accuracy = 100 * np.array(curve["accuracy"])
+            accuracy, low, high = (100 * np.array(curve[k]) for k in ("accuracy", "low", "high"))
             if learner == "Transformer":
-                panel.fill_between(curve["examples"], 100 * np.array(curve["low"]),
-                                   100 * np.array(curve["high"]), color="C0", alpha=0.25, lw=0)
-                panel.plot(curve["examples"], accuracy, color="C0", lw=2, label=learner, zorder=5)
+                panel.fill_between(curve["examples"], low, high, color="C0", alpha=0.25, lw=0)
+                panel.plot(curve["examples"], accuracy, "C0", lw=2, zorder=5, label="Transformer")
             else:
                 panel.plot(curve["examples"], accuracy, "--", marker=".", lw=1, label=learner)
         panel.axhline(100 / entry["classes"], color="grey", ls=":", label="chance")
-        if "GPICL" in entry["paper"]:
-            panel.plot([99], [entry["paper"]["GPICL"]], "k*", ms=10, label="paper's GPICL")
+        if entry["paper"]:
+            panel.plot([99], [entry["paper"]["GPICL"]], "k*", ms=10, label="GPICL in the paper")
         panel.set(title=name, xlabel="examples in context", ylim=(0, 100))
         panel.grid(alpha=0.3)
+        panel.legend(fontsize=8, loc="lower right")
     panels[0].set_ylabel("accuracy (%)")
-    panels[-1].legend(fontsize=8, loc="lower right")
-    figure.suptitle(f"In-context learning after meta-training on {results['trained_on']}")
+    figure.suptitle(f"In-context learning, meta-trained on {results['trained_on']}")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
 
 
+def help_text():
+    """Return the usage, the presets, and every setting with its value and its comment."""
+    usage = __doc__[__doc__.index("    python"):__doc__.index("In the code")].rstrip()
+    presets = [f"    {name:9}" + " ".join(f"{k}={v}" for k, v in changes.items())
+               for name, changes in PRESETS.items() if changes]
+    settings = [f"    {name + '=' + str(globals()[name]):27} {comment}"
+                for name, comment in setting_comments().items()]
+    return "\n".join(["Usage", usage, "", "Presets", *presets, "", "Settings: --NAME=value",
+                      *settings])
+
+
 # --------------------------------------------------------------------------------- the whole job
 def load_all(settings, device, log):
-    """Return (training, validation, {row name: (data set, NUM_TASKS to draw from)}).
+    """Return (training, validation, tests): two Datasets, and {row: (Dataset, NUM_TASKS)}.
 
     Where "auto" can't have MNIST, rendered digits take its place, and a notice says so.
     """
@@ -1041,46 +1059,48 @@ def load_all(settings, device, log):
     except DataUnavailable as error:
         if settings.TRAIN_DATASET != "auto":
             raise
-        log(f"\n*** NOTICE: {error}\n*** Using rendered digits and letters in place of MNIST and "
-            "FashionMNIST;\n*** their numbers can't be compared with the paper's.\n")
+        log(f"\n*** NOTICE: {error}\n*** Rendered digits and letters take the place of MNIST and "
+            "FashionMNIST. Their numbers\n*** can't be compared with the paper's.\n")
         name = "RenderedDigits"
         whole = load_dataset(name, "train", settings, device)
     kept = len(whole.y) - settings.VALIDATION_IMAGES
     if kept < settings.NUM_EXAMPLES:
-        raise UserError(f"{name} has {len(whole.y)} training images; VALIDATION_IMAGES="
-                        f"{settings.VALIDATION_IMAGES} leaves too few for one sequence.")
+        raise UserError(f"{name} has {len(whole.y)} training images: too few to keep VALIDATION_"
+                        f"IMAGES={settings.VALIDATION_IMAGES} of them apart.")
     training = whole._replace(x=whole.x[:kept], y=whole.y[:kept])
     validation = whole._replace(x=whole.x[kept:], y=whole.y[kept:])
 
-    wanted = [word.strip() for word in settings.EVAL_DATASETS.split(",") if word.strip()]
-    if settings.EVAL_DATASETS == "auto":
-        wanted = [name, "RenderedLetters" if name in RENDERED else "FashionMNIST"]
+    unseen = {"RenderedDigits": "RenderedLetters", "FashionMNIST": "MNIST"}.get(name, "FashionMNIST")
+    wanted = [name, unseen] if settings.EVAL_DATASETS == "auto" else [
+        word.strip() for word in settings.EVAL_DATASETS.split(",") if word.strip()]
     tests = {}
-    for other in wanted:
+    for word in wanted:
         try:
-            split = "test" if other == name else "unseen"
-            tests[other] = load_dataset(other, split, settings, device), 0
+            dataset = load_dataset(word, "test" if word == name else "unseen", settings, device)
         except DataUnavailable as error:
             if settings.EVAL_DATASETS != "auto":
                 raise
             log(f"\n*** NOTICE: {error}\n*** It is left out of the evaluation.\n")
+            continue
+        if settings.NUM_TASKS and word == name:
+            tests[f"{dataset.name}, seen tasks"] = dataset, settings.NUM_TASKS
+        tests[dataset.name] = dataset, 0
     if not tests:
         raise UserError("EVAL_DATASETS names no data set; for example --EVAL_DATASETS=MNIST.")
-    if settings.NUM_TASKS and name in tests:
-        tests = {f"{name} seen tasks": (tests[name][0], settings.NUM_TASKS), **tests}
     return training, validation, tests
 
 
-def announce(preset, settings, device, why, precision, datasets, model, log):
+def announce(preset, settings, device, why, precision, data, model, folder, log):
+    """Say what is about to happen."""
     base = vars(default_settings())
-    changed = {k: v for k, v in vars(settings).items() if v != base[k]}
-    log(f"Device      {device.type} ({why}), {precision}; {machine()}; torch {torch.__version__}")
-    log("Data        " + "; ".join(f"{d.name} {use}: {len(d.y):,} x {d.x.shape[1]}, {d.classes} "
-                                   "classes" for use, d in datasets))
-    log(f"Model       {sum(p.numel() for p in model.parameters()):,} parameters, tokens "
-        f"{settings.TOKEN_FORMAT!r}")
-    log(f"Settings    preset {preset}; " + (", ".join(f"{k}={v}" for k, v in changed.items())
-                                            or "all as at the top of the file"))
+    changed = [f"{k}={v}" for k, v in vars(settings).items() if v != base[k]]
+    log(f"Device      {device.type} ({why}), {precision}; {machine(device)}")
+    for use, dataset in data.items():
+        n, pixels = dataset.x.shape
+        log(f"Data        {use}: {n:,} x {pixels}, {dataset.classes} classes")
+    log(f"Model       {sum(p.numel() for p in model.parameters()):,} parameters")
+    log(f"Settings    {preset}" + "".join(f", {word}" for word in changed))
+    log(f"Run folder  {folder}")
 
 
 def run(preset, settings, log):
@@ -1091,99 +1111,67 @@ def run(preset, settings, log):
     training, validation, tests = load_all(settings, device, log)
     folder = run_folder(settings, preset, training.name)
     log.open(folder / "log.txt")
-    shutil.copyfile(__file__, folder / Path(__file__).name)
     torch.manual_seed(settings.SEED)
     model = InContextTransformer(settings).to(device)
-    uses = [("training", training), ("validation", validation),
-            *((f"test ({row})" if row != d.name else "test", d) for row, (d, _) in tests.items())]
-    announce(preset, settings, device, why, precision, uses, model, log)
-    log(f"Run folder  {folder}")
+    data = {f"{training.name} for meta-training": training, "  kept for validation": validation,
+            **{f"{row} for the test": dataset for row, (dataset, _) in tests.items()}}
+    announce(preset, settings, device, why, precision, data, model, folder, log)
 
-    if (folder / "results.json").exists():
-        results = json.loads((folder / "results.json").read_text())
-        log("\n".join(table(results)))
-        log(f"This run was finished before. To make it afresh, delete {folder}")
+    report, final = folder / "results.json", folder / "model.pt"
+    if report.exists():
+        results = json.loads(report.read_text())
+        log("\n".join(result_table(results)))
+        log(f"\nThis run was finished before. To make it afresh, delete {folder}")
         return results
-    if (folder / "model.pt").exists():
-        saved = load_checkpoint(folder / "model.pt", device, settings)
+    shutil.copyfile(__file__, folder / Path(__file__).name)
+    if final.exists():
+        saved = load_checkpoint(final, device, settings)
         model.load_state_dict(saved["model"])
         progress = saved["progress"]
     else:
         progress = meta_train(model, training, validation, settings, folder, precision, log)
-        save_checkpoint(folder / "model.pt", settings, model, progress=progress)
+        save_checkpoint(final, settings, model, progress=progress)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
-    share = progress["drawing_seconds"] / max(progress["seconds"], 1e-9)
-    log(f"\nTrained {progress['step']} steps in {progress['seconds']:.0f} s; drawing tasks took "
-        f"{share:.1%} of it. Evaluating on {settings.EVAL_SEQUENCES} sequences a data set ...")
+    share = progress["drawing_seconds"] / progress["seconds"]
+    log(f"\nTrained {progress['step']} steps in {progress['seconds']:.0f} s, {share:.1%} of it to "
+        f"draw tasks. Testing on {settings.EVAL_SEQUENCES} sequences a data set ...")
 
     trained, data_sets = time.time(), {}
+    comparable = training.name == "MNIST" and settings.NUM_EXAMPLES == 100
     for row, (dataset, num_tasks) in tests.items():
-        curves = evaluate(model, dataset, settings, precision, num_tasks)
-        comparable = training.name == "MNIST" and settings.NUM_EXAMPLES == 100
-        data_sets[row] = dict(classes=dataset.classes, curves=curves,
-                              paper=PAPER.get(row, {}) if comparable else {})
+        data_sets[row] = dict(
+            classes=dataset.classes, paper=PAPER.get(row, {}) if comparable else {},
+            curves=evaluate(model, dataset, settings, precision, num_tasks))
     results = dict(
         trained_on=training.name, preset=preset, settings=vars(settings), data_sets=data_sets,
-        device=device.type, precision=precision, machine=machine(), versions=dict(
-            python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+        context_lengths=context_lengths(settings), device=device.type, precision=precision,
+        machine=machine(device), versions=dict(python=platform.python_version(),
+                                               torch=torch.__version__, numpy=np.__version__),
         parameters=sum(p.numel() for p in model.parameters()), steps=progress["step"],
         training_seconds=progress["seconds"], drawing_share=share, progress=progress["rows"],
-        evaluation_seconds=time.time() - trained, session_seconds=time.time() - began)
+        evaluation_seconds=time.time() - trained, total_seconds=time.time() - began)
     write_csv(folder / "curves.csv", results)
     plot(folder / "accuracy_by_examples.png", results)
-    write_json(folder / "results.json", results)         # last: it marks the run as finished
-    log("\n".join(table(results)))
+    with replacing(report) as temporary:                 # last: it marks the run as finished
+        temporary.write_text(json.dumps(results, indent=1))
+    log(f"Finished after {time.time() - began:.0f} s in all.")
+    log("\n".join(result_table(results)))
     return results
 
 
-class Log:
-    """Prints lines without disturbing the progress bar, and keeps them in a file once opened."""
-
-    def __init__(self):
-        self.lines, self.path = [], None
-
-    def open(self, path):
-        self.path = path
-        self("\n".join(self.lines), show=False)
-
-    def __call__(self, text, show=True):
-        if show:
-            with tqdm.external_write_mode():
-                print(text, flush=True)
-        self.lines.append(text)
-        if self.path:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
-
-
-def help_text():
-    """Return the usage, and every setting with its value and its comment."""
-    usage = __doc__[__doc__.index("    python"):__doc__.index("In the code")]
-    lines = ["Usage:\n", usage.rstrip(), "\nPresets:\n"]
-    lines += [f"    {name:8}" + " ".join(f"{k}={v}" for k, v in changes.items())
-              for name, changes in PRESETS.items()]
-    lines += ["\nSettings (--NAME=value):\n"]
-    lines += [f"    {name + '=' + str(globals()[name]):28} {comment}"
-              for name, comment in setting_comments().items()]
-    return "\n".join(lines)
-
-
 def main(arguments):
-    """Run the command line; return the exit code."""
+    """Run a command line; return the exit code."""
     if {"-h", "--help"} & set(arguments):
         print(help_text())
         return 0
-    socket.setdefaulttimeout(20)                         # of downloads from a silent network
+    socket.setdefaulttimeout(20)                         # for downloads from a silent network
     try:
         run(*read_settings(arguments), Log())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Stopped as stopped:
-        print(stopped)
-        return 130
-    except KeyboardInterrupt:
-        print("Stopped; the same command continues from the last checkpoint.")
+    except (Stopped, KeyboardInterrupt) as stopped:
+        print(str(stopped) or "Stopped; the same command continues from the last checkpoint.")
         return 130
     return 0
 

@@ -1,0 +1,127 @@
+"""The Transformer: what a token holds, causality, attention against a plain loop."""
+
+import math
+
+import pytest
+import torch
+from conftest import gpicl
+
+FORMATS = [dict(TOKEN_FORMAT="pairs"), dict(TOKEN_FORMAT="pairs", COMPARE_IMAGES=False),
+           dict(TOKEN_FORMAT="paper")]
+
+
+def lively_model(settings):
+    """Return a model whose zero-initialised matrices are random, so that every path counts."""
+    torch.manual_seed(0)
+    model = gpicl.InContextTransformer(settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2 and parameter.abs().max() == 0:
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_causality(form, tiny):
+    """Changing example j, or label j, changes no prediction before j, nor that of label j."""
+    settings = tiny(**form)
+    model = lively_model(settings)
+    x, y = torch.randn(3, 12, 32), torch.randint(10, (3, 12))
+    logits = model(x, y)
+    for j in range(12):
+        other_x, other_y = x.clone(), y.clone()
+        other_x[:, j:], other_y[:, j:] = torch.randn_like(x[:, j:]), 9 - y[:, j:]
+        assert torch.allclose(model(other_x, y)[:, :j], logits[:, :j], atol=1e-5)
+        assert torch.allclose(model(x, other_y)[:, :j + 1], logits[:, :j + 1], atol=1e-5)
+        if j < 11:                                       # and what comes later does depend on it
+            assert not torch.allclose(model(x, other_y)[:, j + 1], logits[:, j + 1], atol=1e-3)
+        assert not torch.allclose(model(other_x, y)[:, j], logits[:, j], atol=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_label_beside_an_example_is_the_one_before(form, tiny):
+    model, seen = gpicl.InContextTransformer(tiny(**form)), []
+    model.embed_label.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0]))
+    y = torch.randint(10, (3, 12))
+    model(torch.randn(3, 12, 32), y)
+    assert torch.equal(seen[0][:, 1:].argmax(-1), y[:, :-1])
+    assert torch.equal(seen[0][:, 1:].sum(-1), torch.ones(3, 11))
+    assert seen[0][:, 0].abs().sum() == 0                # no label yet: no class at all
+
+
+def test_pairs_put_the_label_beside_its_own_image(tiny):
+    settings, seen = tiny(), []
+    model = gpicl.InContextTransformer(settings)
+    model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x, y = torch.randn(2, 12, 32), torch.randint(10, (2, 12))
+    model(x, y)
+    label = model.embed_label(torch.nn.functional.one_hot(y, 10).float())
+    stored = seen[0][:, 5] - label[:, 4]                 # token 5 holds x_5, and x_4 with y_4
+    assert torch.allclose(stored[:, :16], model.embed_image(x[:, 5]), atol=1e-5)
+    assert torch.allclose(stored[:, 16:], model.embed_image(x[:, 4]), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_label_is_unlike_every_class(form, tiny):
+    model = lively_model(tiny(**form))
+    x = torch.randn(1, 12, 32)
+    codes = [model.embed_label(torch.eye(10)[c]) for c in range(10)]
+    assert all(code.norm() > 0.1 for code in codes)      # "no label" adds nothing at all
+    outputs = [model(x, torch.full((1, 12), c))[0, 1] for c in range(10)]
+    assert min((a - b).abs().max() for i, a in enumerate(outputs) for b in outputs[:i]) > 1e-4
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("first", [True, False])
+def test_attention_equals_a_plain_loop(form, first, tiny):
+    torch.manual_seed(0)
+    attention = gpicl.Attention(tiny(**form), first)
+    torch.nn.init.normal_(attention.out.weight, std=0.2)
+    if attention.mixture is not None:
+        torch.nn.init.normal_(attention.mixture)
+    h, x = torch.randn(2, 6, 32), torch.randn(2, 6, 32)
+    found = attention(h, x, gpicl.image_cosines(x) if attention.mixture is not None else None)
+
+    def unit(v):
+        return v / v.norm().clamp_min(1e-12)
+
+    def image(b, i):                                     # x_-1 does not exist
+        return x[b, i] if i >= 0 else torch.zeros(32)
+
+    for b in range(2):
+        q, k, v = attention.qkv(h[b]).split(32, -1)
+        for i in range(6):
+            heads = []
+            for n in range(2):
+                part, scores = slice(16 * n, 16 * n + 16), []
+                for j in range(i + 1):
+                    query, key = q[i, part], k[j, part]
+                    if attention.glance is not None:
+                        wide = slice(128 * n, 128 * n + 128)
+                        query = attention.glance(image(b, i))[wide]
+                        key = attention.glance(image(b, j - 1))[wide]
+                    score = attention.log_scale[n].exp() * (unit(query) @ unit(key))
+                    if attention.mixture is not None:
+                        pairs = [(i, j - 1), (i - 1, j - 1), (i, j), (i - 1, j)]
+                        score = score + gpicl.MIXTURE_SCALE * sum(
+                            w * (unit(image(b, a)) @ unit(image(b, c)))
+                            for w, (a, c) in zip(attention.mixture[n], pairs))
+                    scores.append(score)
+                weights = torch.stack(scores).softmax(0)
+                heads.append(sum(w * v[j, part] for j, w in enumerate(weights)))
+            expected = attention.out(torch.cat(heads))
+            assert torch.allclose(found[b, i], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_untrained_is_at_chance(form, tiny, blobs):
+    settings = tiny(**form)
+    model = lively_model(settings)
+    with torch.no_grad():
+        x, y = gpicl.draw_sequences(blobs, 2000, settings, ("chance",))
+        right = (gpicl.predict(model, x, y, "fp32") == y).float().mean(0)
+    # lively, not trained: later positions could only be right by luck (10 % +- 5 std)
+    assert (right - 0.1).abs().max() < 5 * math.sqrt(0.09 / 2000)
+    loss = torch.nn.functional.cross_entropy(
+        gpicl.InContextTransformer(settings)(x, y).flatten(0, 1), y.flatten())
+    assert loss.item() == pytest.approx(math.log(10), abs=1e-4)

@@ -1,0 +1,101 @@
+"""Tasks: the projection's law, the permutation, and batches as pure functions of their key."""
+
+import pytest
+import torch
+from conftest import gpicl
+
+
+def test_projection_entries_have_variance_one_over_n():
+    projection, _ = gpicl.draw_task(0, 5, 784, 1000, "cpu")
+    assert projection.shape == (1000, 784)
+    assert projection.std().item() == pytest.approx(784**-0.5, rel=0.01)
+    assert abs(projection.mean().item()) < 4 * 784**-0.5 / 784000**0.5
+
+
+def test_projection_preserves_distances_and_scale():
+    images = torch.randn(30, 784, generator=torch.Generator().manual_seed(0))
+    projection, _ = gpicl.draw_task(0, 1, 784, 784, "cpu")
+    ratio = torch.pdist(images @ projection.T) / torch.pdist(images)
+    assert ratio.mean().item() == pytest.approx(1, abs=0.03)
+    assert ratio.std().item() < 0.05                     # theory: 1 / sqrt(2 * 784) = 0.025
+
+
+def test_fresh_projection_has_the_law_of_the_full_one():
+    """Over many draws, A x has covariance X X' / N per output, and outputs are independent."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, 5, 50, generator=generator)
+    images[0, 3] = images[0, 0]                          # the same image twice: singular Gram
+    expected = images[0] @ images[0].T / 50
+    x = gpicl.project_afresh(images.expand(20000, -1, -1), 2, generator)
+    found = torch.einsum("bip,bjq->pqij", x, x) / len(x)
+    assert torch.allclose(found[0, 0], expected, atol=0.05)
+    assert torch.allclose(found[1, 1], expected, atol=0.05)
+    assert found[0, 1].abs().max() < 0.05
+    assert torch.allclose(x[:, 0], x[:, 3], atol=1e-2)   # equal images stay equal
+    full = torch.stack([images[0] @ gpicl.draw_task(0, i, 50, 2, "cpu")[0].T for i in range(4000)])
+    assert torch.allclose(torch.einsum("bip,bjp->ij", full, full) / 8000, expected, atol=0.08)
+
+
+def test_every_sequence_gets_a_projection_of_its_own(blobs, tiny):
+    images = blobs.x[:12].expand(2, -1, -1)
+    x = gpicl.project_afresh(images, 32, torch.Generator().manual_seed(0))
+    assert not torch.allclose(x[0], x[1], atol=0.1)
+
+
+def test_cholesky_matches_torch():
+    a = torch.randn(3, 20, 40, generator=torch.Generator().manual_seed(0))
+    gram = a @ a.mT
+    assert torch.allclose(gpicl.cholesky(gram), torch.linalg.cholesky(gram), atol=1e-3)
+
+
+def test_rho_is_a_permutation_of_the_labels(blobs, tiny):
+    settings = tiny(NUM_EXAMPLES=100)
+    for num_tasks in (0, 4):
+        _, y = gpicl.draw_sequences(blobs, 6, settings, ("k",), num_tasks)
+        chosen = gpicl.draw_images(blobs, 6, 100, gpicl.stream("cpu", "k"))
+        for labels, images in zip(y, chosen):
+            pairs = set(zip(blobs.y[images].tolist(), labels.tolist()))
+            assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}) == 10
+
+
+def test_task_i_is_always_the_same_task(blobs, tiny):
+    first, again = (gpicl.draw_task(3, 17, 40, 8, "cpu") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert not torch.equal(first[0], gpicl.draw_task(3, 18, 40, 8, "cpu")[0])
+    assert not torch.equal(first[0], gpicl.draw_task(4, 17, 40, 8, "cpu")[0])
+    settings, seen = tiny(NUM_EXAMPLES=30), {}           # across steps: one image, one projection
+    for step in range(6):
+        key = ("train", 0, step)
+        x, y = gpicl.draw_sequences(blobs, 20, settings, key, num_tasks=1)
+        chosen = gpicl.draw_images(blobs, 20, 30, gpicl.stream("cpu", *key))
+        for image, projected, label in zip(chosen.flatten().tolist(), x.flatten(0, 1),
+                                           y.flatten().tolist()):
+            former = seen.setdefault(image, (projected, label))
+            assert torch.allclose(former[0], projected, atol=1e-5) and former[1] == label
+    assert len(seen) > 500                               # fresh images at every step
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step(blobs, tiny):
+    def batch(*key):
+        return gpicl.draw_sequences(blobs, 4, tiny(), key)
+    torch.manual_seed(1)
+    x, y = batch("train", 0, 7)
+    torch.manual_seed(2)
+    again_x, again_y = batch("train", 0, 7)
+    assert torch.equal(x, again_x) and torch.equal(y, again_y)
+    for other in (("train", 0, 8), ("train", 1, 7), ("meta-test", 0, 7)):
+        assert not torch.equal(x, batch(*other)[0])
+
+
+def test_no_image_twice_within_a_sequence(blobs):
+    chosen = gpicl.draw_images(blobs, 50, 100, gpicl.stream("cpu", 0))
+    assert chosen.shape == (50, 100)
+    assert all(len(set(row.tolist())) == 100 for row in chosen)
+
+
+def test_biased_fraction_shares_one_permutation(blobs, tiny):
+    settings = tiny(NUM_EXAMPLES=50)
+    _, y = gpicl.draw_sequences(blobs, 10, settings, ("k",), biased_fraction=0.9)
+    chosen = gpicl.draw_images(blobs, 10, 50, gpicl.stream("cpu", "k"))
+    same = (y == blobs.y[chosen]).all(1)
+    assert same[:9].all() and not same[9]
