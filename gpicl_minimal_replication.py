@@ -76,16 +76,16 @@ BIASED_FRACTION = 0.0        # share of each batch with one fixed label permutat
 # Model
 TOKEN_FORMAT = "pairs"       # pairs: (A x_i, A x_i-1, y_i-1); paper: (A x_i, y_i-1)
 COMPARE_IMAGES = True        # give attention the cosines between images (pairs only); False: not
-MODEL_SIZE = 256             # width of the residual stream
-NUM_LAYERS = 4               # each is attention, then an MLP
+MODEL_SIZE = 128             # width of the residual stream
+NUM_LAYERS = 8               # each is attention, then an MLP
 NUM_HEADS = 4                # attention heads per layer
-MLP_SIZE = 1024              # hidden units of each MLP
+MLP_SIZE = 512               # hidden units of each MLP
 
 # Meta-training
 OPTIMIZER = "muon"           # muon (AdamW for what is not a hidden matrix) or adamw
 BATCH_SIZE = 32              # sequences per step
-STEPS = 3000                 # updates in all
-LEARNING_RATE = 1e-3         # peak rate
+STEPS = 2000                 # updates in all
+LEARNING_RATE = 4e-3         # peak rate
 WARMUP_STEPS = 50            # rate rises from zero over so many steps
 DECAY_FRACTION = 0.4         # rate falls linearly to zero over the last so much of the steps
 WEIGHT_DECAY = 0.0           # decoupled, as in AdamW
@@ -101,10 +101,11 @@ CHECKPOINT_SECONDS = 30.0    # seconds between two checkpoints
 
 PRESETS = {
     "default": {},
-    "quick": dict(STEPS=600, ROW_EVERY=100),
+    "quick": dict(STEPS=500, ROW_EVERY=100),
     "paper": dict(IMAGE_SIZE=32, NUM_TASKS=2**25, PROJECTION_SIZE=3072, BIASED_FRACTION=0.9,
                   TOKEN_FORMAT="paper", MODEL_SIZE=256, NUM_LAYERS=4, NUM_HEADS=8, MLP_SIZE=1024,
-                  OPTIMIZER="adamw", BATCH_SIZE=128, STEPS=2**18, ADAM_BETA2=0.999),
+                  OPTIMIZER="adamw", BATCH_SIZE=128, STEPS=2**18, LEARNING_RATE=3e-4,
+                  ADAM_BETA2=0.999),
 }
 # ----------------------------------------------------------------------------- end of settings
 
@@ -216,8 +217,8 @@ def draw_sequences(dataset, n_sequences, settings, key, num_tasks=0, biased_frac
 
 # ---------------------------------------------------------------------------------------- model
 def norm(x):
-    """Return x scaled to a root mean square of one over its last dimension."""
-    return F.rms_norm(x, x.shape[-1:])
+    """Return x (..., n) with mean zero and variance one over its last dimension, nothing learnt."""
+    return F.layer_norm(x, x.shape[-1:])
 
 
 def shift(x):
@@ -281,12 +282,12 @@ class Attention(nn.Module):
         if self.glance is not None:
             seen = self.glance(x)
             q, k = (a.view(B, T, self.heads, -1).transpose(1, 2) for a in (seen, shift(seen)))
-        q = F.normalize(q, dim=-1) * self.log_scale.exp()[:, None, None]
-        q, k = q.to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)
+        scale = self.log_scale.exp() / q.shape[-1]       # normalised: q k' / size is a correlation
+        q, k = (norm(q) * scale[:, None, None]).to(v.dtype), norm(k).to(v.dtype)
         if self.mixture is None:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
         else:
-            # Written out: the fused kernels take no learnt bias, or are slower with one. The cosines
+            # Written out: fused kernels take no learnt bias, or are slower with one. The cosines
             # stay in fp32, since bf16 would blur the difference between near and nearest.
             with torch.autocast(h.device.type, enabled=False):
                 scores = torch.einsum("hc,bcij->bhij", MIXTURE_SCALE * self.mixture, cosines)
@@ -569,14 +570,16 @@ def as_dataset(name, x, y, size, device):
     Images (n, h, w), (n, h, w, c) or (n, c, h, w) are resized to `size`; rows (n, N) stay as they
     are. Labels of any kind become 0 .. classes - 1. Raises UserError for what can't be used.
     """
-    x, y = torch.as_tensor(np.asarray(x)), np.asarray(y)
+    x, y = np.asarray(x), np.asarray(y)
     if x.ndim < 2 or y.ndim != 1 or len(x) != len(y):
-        raise UserError(f"{name}: x has shape {tuple(x.shape)} and y {y.shape}; expected one row "
-                        "of x per label: x (n, ...) and y (n,).")
+        raise UserError(f"{name}: x has shape {x.shape} and y {y.shape}; expected one row of x per "
+                        "label: x (n, ...) and y (n,).")
+    if x.dtype.kind not in "biuf":
+        raise UserError(f"{name}: x holds {x.dtype}; expected numbers.")
     kinds, y = np.unique(y, return_inverse=True)
     if not 2 <= len(kinds) <= C:
         raise UserError(f"{name}: {len(kinds)} classes; this model tells 2 to {C} classes apart.")
-    x = x.float()
+    x = torch.as_tensor(x.astype(np.float32))
     if not x.isfinite().all() or x.std() == 0:
         raise UserError(f"{name}: x is constant, or holds NaN or infinite values; clean it first.")
     if x.ndim > 2:
@@ -609,14 +612,15 @@ def torchvision_arrays(name, train, folder):
     try:
         with contextlib.redirect_stdout(None):           # its progress goes to stderr
             data = make(folder, download=True, **split)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, PermissionError):
-            raise UserError(f"can't write to DATA_DIR {folder!r}: {error}.") from error
-        raise DataUnavailable(
-            f"{name} can't be had: it is not in {Path(folder, name)} and could not be downloaded "
-            f"({str(error).strip() or type(error).__name__}); put its files there.") from error
-    except (ValueError, AssertionError, EOFError) as error:
-        raise UserError(f"{name} in {Path(folder, name)} is damaged ({error}); delete that folder "
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"can't write to DATA_DIR={folder}: {error}.") from error
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) or re.search("download|not found", words):
+            raise DataUnavailable(
+                f"{name} can't be had: it is not in {Path(folder, name)} and could not be "
+                f"downloaded ({words}); put its files there.") from error
+        raise UserError(f"{name} in {Path(folder, name)} is damaged ({words}); delete that folder "
                         "and run again to get it afresh.") from error
     except (ModuleNotFoundError, TypeError) as error:
         raise UserError(f"torchvision can't load {name} here: {error}.") from error
@@ -654,7 +658,7 @@ def render_characters(characters, n, seed):
     def uniform(low, high):
         return torch.empty(n).uniform_(low, high, generator=g)
 
-    turn, scale, slant = uniform(-0.12, 0.12), uniform(0.9, 1.1), uniform(-0.12, 0.12)
+    turn, scale, slant = uniform(-0.15, 0.15), uniform(0.9, 1.1), uniform(-0.15, 0.15)
     affine = torch.stack([
         torch.stack([scale * turn.cos(), scale * (slant - turn.sin()), uniform(-.03, .03)], 1),
         torch.stack([scale * turn.sin(), scale * turn.cos(), uniform(-.03, .03)], 1)], 1)
@@ -677,9 +681,12 @@ def rendered_arrays(name, train, folder):
     path = Path(folder, name, "train.npz" if train else "test.npz")
     if not path.exists():
         x, y = render_characters(RENDERED[name], 20000 if train else 5000, seed=int(train))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            np.savez_compressed(temporary, x=x, y=y)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                np.savez_compressed(temporary, x=x, y=y)
+        except OSError as error:
+            raise UserError(f"can't write to DATA_DIR={folder}: {error}.") from error
     return npz_arrays(path)
 
 
@@ -825,7 +832,7 @@ def read_value(name, text, default):
         value = int(power[1]) ** int(power[2]) if power else float(text)
         if isinstance(default, int):
             value = int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else value
-            if value != int(value):
+            if value != int(value) or abs(value) >= 2**62:
                 raise ValueError
         return type(default)(value)
     except (ValueError, OverflowError, KeyError):
@@ -885,8 +892,8 @@ def choose_device(wanted):
     if wanted != "auto":
         return torch.device(wanted), "as asked for"
     best = next(name for name, there in usable.items() if there)
-    missing = [name for name in usable if not usable[name] and name < best] or ["nothing better"]
-    return torch.device(best), f"{' and '.join(missing)} not found"
+    return torch.device(best), dict(cuda="the fastest there is", mps="no CUDA device found",
+                                    cpu="no CUDA or MPS device found")[best]
 
 
 def choose_precision(wanted, device):
@@ -932,8 +939,7 @@ def run_folder(settings, preset, train_name):
         (folder / ".probe").write_text("")
         (folder / ".probe").unlink()
     except OSError as error:
-        raise UserError(f"can't write to {folder} ({error.strerror}); choose another "
-                        "--OUT_DIR.") from error
+        raise UserError(f"can't write to OUT_DIR={settings.OUT_DIR}: {error}.") from error
     return folder
 
 
@@ -1039,8 +1045,8 @@ def plot(path, results):
 def help_text():
     """Return the usage, the presets, and every setting with its value and its comment."""
     usage = __doc__[__doc__.index("    python"):__doc__.index("In the code")].rstrip()
-    presets = [f"    {name:9}" + " ".join(f"{k}={v}" for k, v in changes.items())
-               for name, changes in PRESETS.items() if changes]
+    presets = [f"    {name:9}" + (" ".join(f"{k}={v}" for k, v in changes.items()) or "as below")
+               for name, changes in PRESETS.items()]
     settings = [f"    {name + '=' + str(globals()[name]):27} {comment}"
                 for name, comment in setting_comments().items()]
     return "\n".join(["Usage", usage, "", "Presets", *presets, "", "Settings: --NAME=value",
@@ -1070,7 +1076,8 @@ def load_all(settings, device, log):
     training = whole._replace(x=whole.x[:kept], y=whole.y[:kept])
     validation = whole._replace(x=whole.x[kept:], y=whole.y[kept:])
 
-    unseen = {"RenderedDigits": "RenderedLetters", "FashionMNIST": "MNIST"}.get(name, "FashionMNIST")
+    unseen = {"RenderedDigits": "RenderedLetters", "FashionMNIST": "MNIST"}
+    unseen = unseen.get(name, "FashionMNIST")
     wanted = [name, unseen] if settings.EVAL_DATASETS == "auto" else [
         word.strip() for word in settings.EVAL_DATASETS.split(",") if word.strip()]
     tests = {}

@@ -1,0 +1,315 @@
+"""Command line, files, messages: every mistake gets one sentence and a non-zero exit code."""
+
+import csv
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, gpicl
+
+SCRIPT = ROOT / "gpicl_minimal_replication.py"
+
+
+@pytest.fixture
+def fails(capsys):
+    """Return a function: the one line of error that a command line ends with."""
+    def check(arguments):
+        assert gpicl.main([str(word) for word in arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+    return check
+
+
+# ------------------------------------------------------------------------------------- settings
+@pytest.mark.parametrize("flag, expected", [
+    ("--STEPZ=5", "did you mean STEPS?"),
+    ("--steps=5", "did you mean STEPS?"),
+    ("--XYZZY=5", "expected one of SEED, DEVICE"),
+    ("quik", "did you mean quick?"),
+    ("--STEPS", "write --STEPS=value"),
+    ("--STEPS=many", "expected a whole number, such as"),
+    ("--STEPS=1.5", "expected a whole number"),
+    ("--STEPS=__import__('os')", "expected a whole number"),
+    ("--STEPS=9**99", "expected a whole number"),
+    ("--STEPS=0", "expected 1 or more"),
+    ("--BATCH_SIZE=-1", "expected 1 or more"),
+    ("--LEARNING_RATE=fast", "expected a number"),
+    ("--LEARNING_RATE=nan", "expected a number of 0 or more"),
+    ("--LEARNING_RATE=inf", "expected a number of 0 or more"),
+    ("--COMPARE_IMAGES=maybe", "expected True or False"),
+    ("--BIASED_FRACTION=1.5", "from 0 to 1"),
+    ("--TOKEN_FORMAT=triples", "expected one of pairs, paper"),
+    ("--OPTIMIZER=sgdd", "expected one of muon, adamw"),
+    ("--DEVICE=tpu", "expected one of auto, cuda, mps, cpu"),
+    ("--MODEL_SIZE=100", "a multiple of NUM_HEADS"),
+    ("--NUM_EXAMPLES=1", "expected 2 or more"),
+    ("--VALIDATION_IMAGES=50", "less than one sequence"),
+])
+def test_wrong_settings(flag, expected, fails):
+    arguments = [flag, "--NUM_HEADS=8"] if "MODEL_SIZE" in flag else [flag]
+    assert expected in fails(arguments)
+
+
+def test_numbers_are_read_and_nothing_is_evaluated():
+    preset, settings = gpicl.read_settings(["quick", "--NUM_TASKS=2**16", "--LEARNING_RATE=1e-3",
+                                            "--STEPS=1e3", "--COMPARE_IMAGES=false", "--SEED=7"])
+    assert preset == "quick" and settings.NUM_TASKS == 65536 and settings.LEARNING_RATE == 1e-3
+    assert settings.STEPS == 1000 and type(settings.STEPS) is int
+    assert settings.COMPARE_IMAGES is False and settings.SEED == 7
+
+
+def test_every_preset_is_valid_and_overridden_by_flags():
+    for preset in gpicl.PRESETS:
+        assert gpicl.read_settings([preset, "--STEPS=11"])[1].STEPS == 11
+
+
+def test_help_shows_every_setting_and_preset_with_its_comment(capsys):
+    assert gpicl.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    comments = gpicl.setting_comments()
+    assert {"SEED", "DEVICE", "DATA_DIR", "OUT_DIR", "TRAIN_DATASET", "EVAL_DATASETS",
+            "IMAGE_SIZE", "NUM_TASKS", "NUM_EXAMPLES", "BIASED_FRACTION", "TOKEN_FORMAT",
+            "BATCH_SIZE", "STEPS", "EVAL_SEQUENCES"} <= set(comments)
+    for name, comment in comments.items():
+        shown = re.escape(f"{name}={getattr(gpicl, name)}") + " +" + re.escape(comment) + "$"
+        assert re.search(shown, text, re.MULTILINE), name
+    assert all(preset in text for preset in gpicl.PRESETS)
+
+
+def test_every_constant_at_the_top_is_a_setting_with_a_comment():
+    source = SCRIPT.read_text()
+    block = source[source.index("- settings\n"):source.index("PRESETS = {")]
+    assert re.findall(r"^([A-Z_0-9]+) =", block, re.MULTILINE) == list(gpicl.setting_comments())
+
+
+def test_unavailable_device(fails, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "DEVICE=cuda is not available here" in fails(["--DEVICE=cuda"])
+
+
+# ----------------------------------------------------------------------------------- data files
+def no_network(monkeypatch):
+    """Make every download fail at once, as it does without a network."""
+    from torchvision.datasets import mnist
+
+    def refuse(*arguments, **more):
+        raise RuntimeError("Error downloading: no network in this test")
+    monkeypatch.setattr(mnist, "download_and_extract_archive", refuse)
+
+
+def test_without_mnist_the_default_says_so_and_renders(tiny_flags, tmp_path, monkeypatch, capsys):
+    no_network(monkeypatch)
+    flags = tiny_flags(TRAIN_DATASET="auto", EVAL_DATASETS="auto")
+    assert gpicl.main(flags) == 0
+    output = capsys.readouterr().out
+    assert "*** NOTICE: MNIST can't be had" in output and "no network in this test" in output
+    assert str(tmp_path / "data" / "MNIST") in output          # where the files belong
+    assert re.search(r"^RenderedDigits@11: \d+\.\d ± \d+\.\d$", output, re.MULTILINE)
+    assert re.search(r"^RenderedLetters@11: \d+\.\d ± \d+\.\d$", output, re.MULTILINE)
+    assert "the paper" not in output[output.index("Accuracy (%) after"):]
+    results = json.loads(next(tmp_path.glob("runs/*/results.json")).read_text())
+    assert results["trained_on"] == "RenderedDigits"
+    assert list(results["data_sets"]) == ["RenderedDigits", "RenderedLetters"]
+    assert not any(entry["paper"] for entry in results["data_sets"].values())
+
+
+@pytest.mark.parametrize("setting", ["TRAIN_DATASET", "EVAL_DATASETS"])
+def test_a_named_data_set_is_never_substituted(setting, tiny_flags, fails, monkeypatch):
+    no_network(monkeypatch)
+    assert "FashionMNIST can't be had" in fails(tiny_flags(**{setting: "FashionMNIST"}))
+
+
+def test_an_evaluation_set_that_cannot_be_had_is_named_and_left_out(
+        tiny_flags, monkeypatch, capsys):
+    no_network(monkeypatch)
+    assert gpicl.main(tiny_flags(EVAL_DATASETS="auto")) == 0
+    output = capsys.readouterr().out
+    assert "*** NOTICE: FashionMNIST can't be had" in output and "left out" in output
+    assert "blobs@11" in output and "FashionMNIST@" not in output
+
+
+def test_unknown_and_unusable_data_sets(tiny_flags, fails, tmp_path, blobs):
+    def error(file=None, train="bad.npz", **arrays):
+        if arrays:
+            np.savez(tmp_path / train, **arrays)
+        return fails(tiny_flags(TRAIN_DATASET=tmp_path / train if train == "bad.npz" else train))
+    x, y = blobs.x.numpy(), blobs.y.numpy()
+    assert "did you mean FashionMNIST?" in error(train="FashonMNIST")
+    assert "there is no file" in error()
+    (tmp_path / "bad.npz").write_bytes(b"PK\3\4 not really")
+    assert "can't be read as an .npz file" in error()
+    assert "has no array" in error(x=x)
+    assert "one row of x per label" in error(x=x, y=y[:-1])
+    assert "30 classes" in error(x=x, y=np.arange(600) % 30)
+    assert "1 classes" in error(x=x, y=0 * y)
+    assert "NaN" in error(x=np.where(x > 2, np.nan, x), y=y)
+    assert "constant" in error(x=0 * x, y=y)
+    assert "can't be read" in error(x=np.array([{}] * 600, object), y=y)
+    assert "expected numbers" in error(x=np.full((600, 4), "a"), y=y)
+    assert "too few" in error(x=x[:60], y=y[:60])
+
+
+def test_a_damaged_mnist_is_named(tiny_flags, fails, tmp_path, monkeypatch):
+    no_network(monkeypatch)
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (raw / f"{part}-{kind}-ubyte").write_bytes(b"\0\0\x08\x03 not the whole file")
+    for name in ("MNIST", "auto"):
+        assert "delete that folder" in fails(tiny_flags(TRAIN_DATASET=name))
+    for file in raw.iterdir():
+        with gzip.open(file.with_name(file.name + ".gz"), "w") as zipped:
+            zipped.write(b"x")
+        file.write_bytes(b"")
+    assert "delete that folder" in fails(tiny_flags(TRAIN_DATASET="MNIST"))
+
+
+def test_torchvision_of_another_build_gets_a_clear_sentence(tiny_flags, fails, monkeypatch):
+    class Broken:
+        def find_spec(self, name, *rest):
+            if name == "torchvision":
+                raise RuntimeError("operator torchvision::nms does not exist")
+    for name in [name for name in sys.modules if name.startswith("torchvision")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    error = fails(tiny_flags(TRAIN_DATASET="MNIST"))
+    assert "torchvision does not fit torch" in error and "pip install" in error
+
+
+@pytest.mark.parametrize("name", ["OUT_DIR", "DATA_DIR"])
+def test_folders_that_cannot_be_written(name, tiny_flags, fails, tmp_path, monkeypatch):
+    no_network(monkeypatch)
+    (tmp_path / "file").write_text("in the way")
+    flags = tiny_flags(**{name: tmp_path / "file" / "below"}, TRAIN_DATASET="RenderedDigits")
+    assert "can't write to" in fails(flags) and name in fails(flags)
+
+
+@pytest.mark.parametrize("kind", ["npz images", "npz colour", "npz strings"])
+def test_npz_of_many_kinds_is_a_data_set(kind, tiny_flags, tmp_path, blobs, capsys):
+    """Images (n, h, w) and (n, h, w, c) of any size, and labels of any kind, few classes."""
+    x = blobs.x.numpy()[:, :36].reshape(600, 6, 6)
+    x = np.repeat(x[..., None], 3, -1) if "colour" in kind else x
+    y = np.array(["cat", "dog", "owl"])[blobs.y % 3] if "strings" in kind else blobs.y.numpy()
+    np.savez(tmp_path / "mine.npz", x=x, y=y)
+    assert gpicl.main(tiny_flags(EVAL_DATASETS=tmp_path / "mine.npz", IMAGE_SIZE=5)) == 0
+    assert "mine@11: " in capsys.readouterr().out
+    results = json.loads(next(tmp_path.glob("runs/*/results.json")).read_text())
+    assert results["data_sets"]["mine"]["classes"] == (3 if "strings" in kind else 10)
+
+
+def test_rows_of_different_widths_are_projected_to_one(tiny_flags, tmp_path, blobs, capsys):
+    np.savez(tmp_path / "narrow.npz", x=blobs.x[:, :7], y=blobs.y)
+    assert gpicl.main(tiny_flags(EVAL_DATASETS=tmp_path / "narrow.npz")) == 0
+    assert "narrow@11: " in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------- run folder, checkpoints
+def test_output_files(tiny_flags, tmp_path, capsys, blobs_file):
+    assert gpicl.main(tiny_flags(NUM_TASKS="2**3")) == 0
+    output = capsys.readouterr().out
+    folder = next((tmp_path / "runs").iterdir())
+    assert folder.name.startswith("blobs-default-") and "DEVICE=cpu" in folder.name
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["data_sets"]) == {"blobs, seen tasks", "blobs"}
+    assert results["settings"]["NUM_TASKS"] == 8 and results["steps"] == 6
+    for key in ("versions", "machine", "device", "training_seconds", "total_seconds"):
+        assert results[key]
+    curve = results["data_sets"]["blobs"]["curves"]["Transformer"]
+    assert len(curve["accuracy"]) == 12 and curve["sequences"] == 64
+    rows = list(csv.DictReader((folder / "curves.csv").open()))
+    assert float(rows[0]["accuracy"]) == results["data_sets"]["blobs, seen tasks"]["curves"][
+        "Transformer"]["accuracy"][0]
+    assert len(rows) == 2 * (12 + 5 * len(results["context_lengths"][1:]))
+    assert (folder / SCRIPT.name).read_bytes() == SCRIPT.read_bytes()
+    assert (folder / "accuracy_by_examples.png").read_bytes()[1:4] == b"PNG"
+    assert (folder / "log.txt").read_text().strip() in output.strip()
+    assert output.strip().splitlines()[-1] == (
+        f"blobs@11: {100 * curve['accuracy'][-1]:.1f} ± "
+        f"{50 * (curve['high'][-1] - curve['low'][-1]):.1f}")
+    assert "chance" in output and "1-nearest neighbour" in output and "seconds" in output
+
+
+def test_broken_and_foreign_checkpoints(tiny_flags, tmp_path, fails):
+    flags = tiny_flags()
+    assert gpicl.main(flags) == 0
+    folder = next((tmp_path / "runs").iterdir())
+    (folder / "results.json").unlink()
+    model = (folder / "model.pt").read_bytes()
+    for broken in (model[:len(model) // 2], b"", b"hello"):
+        (folder / "model.pt").write_bytes(broken)
+        assert "truncated or not a checkpoint" in fails(flags)
+    torch.save({"some": "thing"}, folder / "model.pt")
+    assert "not a checkpoint of this program" in fails(flags)
+    torch.save(dict(format=gpicl.FORMAT, settings=dict(SEED=9), model={}), folder / "model.pt")
+    assert "with these settings" in fails(flags)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/evil",)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    torch.save(dict(format=gpicl.FORMAT, evil=Evil()), tmp_path / "evil.pt")
+    with pytest.raises(gpicl.UserError, match="not a checkpoint"):
+        gpicl.load_checkpoint(tmp_path / "evil.pt")
+
+
+# ------------------------------------------------------------------------------- the file itself
+def test_import_is_quick_and_does_nothing(tmp_path):
+    began = time.time()
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, gpicl_minimal_replication as g; print(sorted(m for m "
+         "in ('matplotlib', 'torchvision') if m in sys.modules))"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout == "[]\n" and done.stderr == "" and not list(tmp_path.iterdir())
+    assert time.time() - began < 30                       # most of it is torch's own import
+
+
+def test_pep_723_block_equals_requirements():
+    block = re.search(r"^# /// script\n((?:# .*\n)+?)# ///$", SCRIPT.read_text(), re.MULTILINE)[1]
+    asked = json.loads(re.search(r"dependencies = (\[.*\])", block)[1])
+    assert asked == (ROOT / "requirements.txt").read_text().split()
+
+
+def test_lines_and_functions_are_short():
+    lines = SCRIPT.read_text().splitlines()
+    assert max(map(len, lines)) <= 100 and len(lines) <= 1200
+    import ast
+    for node in ast.walk(ast.parse(SCRIPT.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_the_commands_of_the_readme_are_valid():
+    """The two commands stand there as CI runs them, and every flag and preset there exists."""
+    readme = (ROOT / "README.md").read_text()
+    assert "pip install -r requirements.txt && python gpicl_minimal_replication.py\n" in readme
+    assert "pip install -r tests/requirements.txt && python -m pytest tests\n" in readme
+    commands = re.findall(r"^(?:\S+ )*python gpicl_minimal_replication.py(.*)$", readme, re.M)
+    assert len(commands) >= 3
+    for words in commands:
+        words = words.split("#")[0].split()
+        if "--help" not in words:
+            gpicl.read_settings(words)
+    for name in re.findall(r"`([a-z]+/[\w./-]+)`", readme):
+        if name.startswith(("results/", "tests/")):
+            assert (ROOT / name).exists(), name
+
+
+def test_a_whole_run_from_the_shell_in_a_log_file(tiny_flags, tmp_path):
+    """Output that is no terminal holds the rows and no progress bar."""
+    done = subprocess.run([sys.executable, SCRIPT, *tiny_flags()], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "\r" not in done.stdout and "\x1b" not in done.stdout
+    assert len(re.findall(r"^ +\d+ +\d+ +\d\.\d{3} ", done.stdout, re.MULTILINE)) == (
+        TINY["STEPS"] // TINY["ROW_EVERY"])

@@ -1,0 +1,89 @@
+"""Evaluation: intervals by simulation, classical learners against scikit-learn."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import gpicl
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.linear_model import Ridge
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+
+
+def test_interval_covers_the_truth_95_times_in_100():
+    random = np.random.default_rng(0)
+    for p in (0.05, 0.5, 0.75, 0.98):
+        low, high = gpicl.interval(random.binomial(512, p, 20000), 512)
+        assert ((low <= p) & (p <= high)).mean() == pytest.approx(0.95, abs=0.015)
+    low, high = gpicl.interval(np.array([0, 512]), 512)
+    assert low[0] == pytest.approx(0, abs=1e-9) and high[1] == pytest.approx(1, abs=1e-9)
+    assert high[0] > 0 and low[1] < 1
+
+
+@pytest.fixture(scope="module")
+def problems(blobs):
+    """Return x (40, 31, 8), y (40, 31) of hard tasks: the last example is the query."""
+    settings = gpicl.default_settings(NUM_EXAMPLES=31, PROJECTION_SIZE=8)
+    return gpicl.draw_sequences(blobs, 40, settings, ("classical",))
+
+
+def ours(name, x, y):
+    """Return the scores (B, C) of our classical learner, absent classes masked as in count_hits."""
+    targets = torch.nn.functional.one_hot(y[:, :-1], 10).float()
+    scores = gpicl.CLASSICAL[name](x @ x.mT, targets)[:, 0]
+    return scores.masked_fill(targets.sum(1) == 0, -np.inf)
+
+
+@pytest.mark.parametrize("name, reference", [
+    ("1-nearest neighbour", KNeighborsClassifier(1)), ("nearest centroid", NearestCentroid())])
+def test_neighbours_and_centroids_match_scikit_learn(name, reference, problems):
+    x, y = problems
+    expected = [reference.fit(a[:-1], b[:-1]).predict(a[-1:])[0]
+                for a, b in zip(x.numpy(), y.numpy())]
+    assert ours(name, x, y).argmax(-1).tolist() == expected
+
+
+def test_ridge_and_kernel_ridge_match_scikit_learn(problems):
+    x, y = problems
+    for a, b, ridge, kernel in zip(x.double().numpy(), y, ours("ridge regression", x, y),
+                                   ours("RBF kernel ridge", x, y)):
+        seen, query, labels = a[:-1], a[-1:], torch.eye(10)[b[:-1]].numpy()
+        present = labels.sum(0) > 0
+        model = Ridge(0.3 * (seen**2).sum(1).mean(), fit_intercept=False).fit(seen, labels)
+        assert np.allclose(ridge[present], model.predict(query)[0, present], atol=1e-3)
+        width = 0.25 * ((seen[:, None] - seen[None])**2).sum(-1).mean()
+        model = KernelRidge(alpha=0.03, kernel="rbf", gamma=0.5 / width).fit(seen, labels - 0.1)
+        assert np.allclose(kernel[present], model.predict(query)[0, present], atol=1e-3)
+
+
+def test_sgd_matches_autograd_on_explicit_weights(problems):
+    x, y = problems
+    for a, b, scores in zip(x[:5], y[:5], gpicl.sgd(x @ x.mT, torch.eye(10)[y[:, :-1]])[:5, 0]):
+        weights = torch.zeros(10, 8, requires_grad=True)
+        rate = 1.0 / a[:-1].square().sum(-1).mean()
+        for _ in range(10):
+            for example, label in zip(a[:-1], b[:-1]):
+                loss = torch.nn.functional.cross_entropy(weights @ example, label)
+                with torch.no_grad():
+                    weights -= rate * torch.autograd.grad(loss, weights)[0]
+        assert torch.allclose(scores, weights @ a[-1], atol=1e-3)
+
+
+def test_all_learners_see_the_same_sequences_and_curves_add_up(blobs, tiny):
+    settings = tiny(EVAL_SEQUENCES=100)
+    model = gpicl.InContextTransformer(settings)
+    curves = gpicl.evaluate(model, blobs, settings, "fp32")
+    assert set(curves) == {"Transformer", *gpicl.CLASSICAL}
+    assert curves["Transformer"]["examples"] == list(range(12))
+    x, y = (torch.cat(part) for part in zip(*gpicl.evaluation_batches(blobs, 100, settings)))
+    expected = (gpicl.predict(model, x, y, "fp32") == y).float().mean(0)
+    assert np.allclose(curves["Transformer"]["accuracy"], expected)
+    right = ours("nearest centroid", x, y).argmax(-1) == y[:, -1]
+    assert curves["nearest centroid"]["accuracy"][-1] == pytest.approx(right.float().mean().item())
+    for curve in curves.values():
+        assert len(curve["examples"]) == len(curve["accuracy"]) == len(curve["low"])
+        assert all(a <= b <= c for a, b, c in zip(curve["low"], curve["accuracy"], curve["high"]))
+
+
+def test_evaluation_does_not_depend_on_the_training_seed(blobs, tiny):
+    one, other = (next(gpicl.evaluation_batches(blobs, 8, tiny(SEED=seed))) for seed in (0, 1))
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])

@@ -1,0 +1,152 @@
+"""Meta-training: it learns, and a killed run goes on exactly."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, gpicl
+
+SCRIPT = ROOT / "gpicl_minimal_replication.py"
+
+
+def train(model, dataset, settings):
+    """Train without files or reports; return the losses."""
+    optimizers, losses = gpicl.make_optimizers(model, settings), []
+    for step in range(settings.STEPS):
+        x, y = gpicl.draw_sequences(dataset, settings.BATCH_SIZE, settings, ("train", 0, step),
+                                    settings.NUM_TASKS)
+        rate = gpicl.learning_rate(step, settings)
+        losses.append(gpicl.update(model, optimizers, x, y, rate, "fp32", 1.0)[0])
+    return losses
+
+
+def test_every_parameter_is_in_exactly_one_optimizer(tiny):
+    for optimizer in ("muon", "adamw"):
+        model = gpicl.InContextTransformer(tiny(OPTIMIZER=optimizer))
+        held = [id(p) for o in gpicl.make_optimizers(model, tiny(OPTIMIZER=optimizer))
+                for group in o.param_groups for p in group["params"]]
+        assert sorted(held) == sorted(id(p) for p in model.parameters())
+
+
+def test_rate_warms_up_and_falls_to_zero(tiny):
+    settings = tiny(STEPS=100, WARMUP_STEPS=10, DECAY_FRACTION=0.5, LEARNING_RATE=1.0)
+    rates = [gpicl.learning_rate(step, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9:51] == [1.0] * 42
+    assert rates[75] == pytest.approx(0.5) and rates[99] == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("form", [dict(), dict(TOKEN_FORMAT="paper"), dict(OPTIMIZER="adamw")])
+def test_one_fixed_task_is_memorised_within_a_few_steps(form, tiny, blobs):
+    """With one task, even the first label of a sequence can be known: from the weights."""
+    torch.manual_seed(0)
+    settings = tiny(NUM_TASKS=1, STEPS=60, BATCH_SIZE=16, LEARNING_RATE=5e-3, **form)
+    model = gpicl.InContextTransformer(settings)
+    train(model, blobs, settings)
+    x, y = gpicl.draw_sequences(blobs, 200, settings, ("other images",), 1)
+    assert (gpicl.predict(model, x, y, "fp32") == y)[:, 0].float().mean() > 0.8
+
+
+def test_a_tiny_model_meta_learns_on_rendered_data(tiny, tmp_path):
+    """On unseen tasks, and on letters instead of digits, many examples beat few: intervals apart."""
+    torch.manual_seed(0)
+    settings = tiny(NUM_EXAMPLES=50, PROJECTION_SIZE=128, STEPS=80, EVAL_SEQUENCES=1024,
+                    DATA_DIR=str(tmp_path), LEARNING_RATE=3e-3, WARMUP_STEPS=10)
+    digits = gpicl.load_dataset("RenderedDigits", "train", settings, "cpu")
+    model = gpicl.InContextTransformer(settings)
+    train(model, digits, settings)
+    for name in ("RenderedDigits", "RenderedLetters"):
+        dataset = gpicl.load_dataset(name, "test", settings, "cpu")
+        curve = gpicl.evaluate(model, dataset, settings, "fp32")["Transformer"]
+        assert curve["low"][49] > curve["high"][2] + 0.2
+        assert curve["high"][0] < 0.15                   # without examples: chance
+
+
+def run(flags, **more):
+    return subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True,
+                          timeout=120, **more)
+
+
+def test_resume_after_kill_9_is_bit_identical(tiny_flags, tmp_path):
+    steps = dict(STEPS=60, CHECKPOINT_SECONDS=0, ROW_EVERY=20)
+    whole = run(tiny_flags(OUT_DIR=tmp_path / "whole", **steps))
+    assert whole.returncode == 0, whole.stderr
+    flags = tiny_flags(OUT_DIR=tmp_path / "killed", **steps)
+    process = subprocess.Popen([sys.executable, SCRIPT, *flags], stdout=subprocess.DEVNULL)
+    while not list((tmp_path / "killed").glob("*/checkpoint.pt")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    reached = gpicl.load_checkpoint(next((tmp_path / "killed").glob("*/checkpoint.pt")))
+    assert 0 < reached["progress"]["step"] < 60
+    again = run(flags)
+    assert again.returncode == 0 and "Continuing after step" in again.stdout
+    a, b = (gpicl.load_checkpoint(next((tmp_path / name).glob("*/model.pt")))
+            for name in ("whole", "killed"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert [r["accuracy"] for r in a["progress"]["rows"]] == [
+        r["accuracy"] for r in b["progress"]["rows"]]
+    files = {path.name for path in next((tmp_path / "killed").iterdir()).iterdir()}
+    assert files == {"model.pt", "results.json", "curves.csv", "accuracy_by_examples.png",
+                     "log.txt", SCRIPT.name}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(number, tiny_flags, tmp_path):
+    flags = tiny_flags(STEPS=3000, CHECKPOINT_SECONDS=0, ROW_EVERY=3000)
+    process = subprocess.Popen([sys.executable, SCRIPT, *flags], stdout=subprocess.PIPE, text=True)
+    while not list((tmp_path / "runs").glob("*/checkpoint.pt")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    step = int(output.split("Stopped after step ")[1].split(";")[0])
+    saved = gpicl.load_checkpoint(next((tmp_path / "runs").glob("*/checkpoint.pt")))
+    assert saved["progress"]["step"] == step
+
+
+def test_same_seed_same_result_and_a_finished_run_says_so(tiny_flags, tmp_path, capsys):
+    def table(out_dir, **more):
+        assert gpicl.main(tiny_flags(OUT_DIR=tmp_path / out_dir, **more)) == 0
+        out = capsys.readouterr().out
+        return out[out.index("Accuracy (%) after so many examples"):]
+    first = table("a")
+    assert first == table("b") != table("c", SEED=1)
+    again = table("a")
+    assert again.startswith(first.rstrip()) and "To make it afresh, delete" in again
+    assert len(list((tmp_path / "a").iterdir())) == 1    # and other settings, another folder
+    table("a", STEPS=7)
+    assert len(list((tmp_path / "a").iterdir())) == 2
+
+
+def test_not_finite_loss_stops_with_a_sentence_and_keeps_the_checkpoint(
+        tiny_flags, tmp_path, capsys, monkeypatch):
+    true_update, calls = gpicl.update, []
+
+    def poisoned(model, optimizers, x, y, *rest):
+        calls.append(1)
+        return true_update(model, optimizers, x * (np.nan if len(calls) == 5 else 1), y, *rest)
+
+    monkeypatch.setattr(gpicl, "update", poisoned)
+    assert gpicl.main(tiny_flags(CHECKPOINT_SECONDS=0)) == 2
+    assert "not finite at step 5" in capsys.readouterr().err
+    saved = gpicl.load_checkpoint(next((tmp_path / "runs").glob("*/checkpoint.pt")))
+    assert saved["progress"]["step"] == 4
+    assert all(value.isfinite().all() for value in saved["model"].values())
+
+
+def test_real_mnist_passes_the_classical_level_within_150_steps(real_data, tmp_path):
+    """On real data, quickly: far above chance on MNIST and on FashionMNIST, never trained on."""
+    done = run(["quick", f"--DATA_DIR={real_data}", f"--OUT_DIR={tmp_path}", "--STEPS=100",
+                "--BATCH_SIZE=16", "--EVAL_SEQUENCES=1024"])
+    assert done.returncode == 0, done.stderr
+    found = {line.split("@")[0]: float(line.split()[1]) for line in done.stdout.splitlines()
+             if "@99: " in line}
+    assert found["MNIST"] > 60 and found["FashionMNIST"] > 55
+    assert "GPICL 73.7" in done.stdout
