@@ -95,6 +95,7 @@ GRADIENT_CLIP = 1.0          # largest norm of the gradient
 
 # Evaluation
 EVAL_SEQUENCES = 4096        # meta-test sequences per data set
+AVERAGED_PASSES = 8          # passes of test-time averaging, a row of its own; 0: none
 ROW_EVERY = 500              # steps between two rows of the progress table
 ROW_SEQUENCES = 512          # validation sequences behind one such row
 CHECKPOINT_SECONDS = 30.0    # seconds between two checkpoints
@@ -110,6 +111,7 @@ PRESETS = {
 # ----------------------------------------------------------------------------- end of settings
 
 C = 10                                               # classes that the model tells apart
+EVAL_BATCH = 64                                      # sequences that are tested at once
 MIXTURE_SCALE = 10.0                                 # makes Adam's steps fit the image mixtures
 FORMAT = "gpicl-1"                                   # of checkpoints
 CHOICES = dict(DEVICE=("auto", "cuda", "mps", "cpu"), PRECISION=("auto", "bf16", "fp32"),
@@ -398,35 +400,45 @@ def update(model, optimizers, x, y, rate, precision, clip):
     return loss, size
 
 
+def resume(path, model, optimizers, device, settings):
+    """Put a checkpoint into model and optimisers, if there is one; return the progress so far."""
+    if not path.exists():
+        return dict(step=0, seconds=0.0, drawing_seconds=0.0, rows=[])
+    saved = load_checkpoint(path, device, settings)
+    model.load_state_dict(saved["model"])
+    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    return saved["progress"]
+
+
 def meta_train(model, dataset, validation, settings, folder, precision, log):
     """Train `model` in place; return a dict of what happened. Continues the folder's checkpoint.
 
-    Raises UserError at a loss or gradient that is not finite, keeping the last checkpoint, and
-    Stopped after Ctrl-C or SIGTERM, leaving a checkpoint of the very last step.
+    Under torchrun every process draws the whole batch and learns from its share of it. Raises
+    UserError at a loss or gradient that is not finite, keeping the last checkpoint, and Stopped
+    after Ctrl-C or SIGTERM, leaving a checkpoint of the very last step.
     """
+    (rank, world), device, path = processes(), dataset.x.device, folder / "checkpoint.pt"
     optimizers = make_optimizers(model, settings)
-    progress = dict(step=0, seconds=0.0, drawing_seconds=0.0, rows=[])
-    path = folder / "checkpoint.pt"
-    if path.exists():
-        saved = load_checkpoint(path, dataset.x.device, settings)
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        progress = saved["progress"]
+    progress = resume(path, model, optimizers, device, settings)
+    if progress["step"]:
         log(f"Continuing after step {progress['step']} of {path}")
     log("\n".join(progress_table(progress["rows"], settings)))
+    learner = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     saved_at = time.time()
-    bar = tqdm(total=settings.STEPS, initial=progress["step"], disable=None, unit="step",
-               smoothing=0.05, dynamic_ncols=True, leave=False)
+    bar = tqdm(total=settings.STEPS, initial=progress["step"], unit="step", smoothing=0.05,
+               disable=True if rank else None, dynamic_ncols=True, leave=False)
     with stop_requests() as stopping, bar:
         for step in range(progress["step"], settings.STEPS):
             began = time.time()
             x, y = draw_sequences(dataset, settings.BATCH_SIZE, settings, ("train", settings.SEED,
                                   step), settings.NUM_TASKS, settings.BIASED_FRACTION)
-            synchronize(x.device)
+            synchronize(device)
             progress["drawing_seconds"] += time.time() - began
             rate = learning_rate(step, settings)
-            loss, size = update(model, optimizers, x, y, rate, precision, settings.GRADIENT_CLIP)
+            loss, size = update(learner, optimizers, x[rank::world], y[rank::world], rate,
+                                precision, settings.GRADIENT_CLIP)
+            loss, stop = agree(loss, bool(stopping), device)
             if not math.isfinite(loss + size):
                 raise UserError(f"the loss or its gradient is not finite at step {step + 1}; the "
                                 f"last good checkpoint stays in {folder}. Try a lower --LEARNING_"
@@ -435,18 +447,18 @@ def meta_train(model, dataset, validation, settings, folder, precision, log):
             progress["seconds"] += time.time() - began
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", rate=f"{rate:.1e}", refresh=False)
-            if progress["step"] % settings.ROW_EVERY == 0 or progress["step"] == settings.STEPS:
+            done = step + 1 == settings.STEPS
+            if rank == 0 and (done or (step + 1) % settings.ROW_EVERY == 0):
                 hits = count_hits(model, validation, settings.ROW_SEQUENCES, settings, precision)
                 progress["rows"].append(dict(
-                    step=progress["step"], seconds=progress["seconds"], loss=loss, rate=rate,
+                    step=step + 1, seconds=progress["seconds"], loss=loss, rate=rate,
                     accuracy=(hits["Transformer"] / settings.ROW_SEQUENCES).tolist()))
                 log(progress_table(progress["rows"], settings)[-1])
-            done = progress["step"] == settings.STEPS
-            if done or stopping or time.time() - saved_at > settings.CHECKPOINT_SECONDS:
+            if rank == 0 and (done or stop or time.time() > saved_at + settings.CHECKPOINT_SECONDS):
                 save_checkpoint(path, settings, model, progress=progress,
                                 optimizers=[optimizer.state_dict() for optimizer in optimizers])
                 saved_at = time.time()
-            if stopping and not done:
+            if stop and not done:
                 raise Stopped(f"Stopped after step {step + 1}; the same command continues there.")
     return progress
 
@@ -510,8 +522,8 @@ CLASSICAL = {"1-nearest neighbour": nearest_neighbour, "nearest centroid": neare
 
 def evaluation_batches(dataset, n_sequences, settings, num_tasks=0):
     """Yield x, y of fixed meta-test sequences: the same whatever SEED and training were."""
-    for start in range(0, n_sequences, 64):
-        yield draw_sequences(dataset, min(64, n_sequences - start), settings,
+    for start in range(0, n_sequences, EVAL_BATCH):
+        yield draw_sequences(dataset, min(EVAL_BATCH, n_sequences - start), settings,
                              ("meta-test", dataset.name, start), num_tasks)
 
 
@@ -540,6 +552,33 @@ def count_hits(model, dataset, n_sequences, settings, precision, num_tasks=0, le
     return hits
 
 
+@torch.no_grad()
+def count_averaged_hits(model, dataset, n_sequences, settings, precision):
+    """Return in how many sequences the mean of several passes was right about the last example.
+
+    The images and labels are those of evaluation_batches; each of AVERAGED_PASSES projects them
+    afresh, permutes the labels and the order of the context, and the probabilities are averaged. So
+    it sees more of each image than a single pass or a classical learner: a result of its own kind.
+    """
+    hits, T, device = 0, settings.NUM_EXAMPLES, dataset.x.device
+    for start in range(0, n_sequences, EVAL_BATCH):
+        n, key = min(EVAL_BATCH, n_sequences - start), ("meta-test", dataset.name, start)
+        chosen = draw_images(dataset, n, T, stream(device, *key))
+        total = torch.zeros(n, C, device=device)
+        for i in range(settings.AVERAGED_PASSES):
+            generator = stream(device, *key, "pass", i)
+            order = torch.rand(n, T, generator=generator, device=device)
+            order[:, -1] = 1                             # the query stays the last
+            shuffled = chosen.gather(1, order.argsort(1))
+            x = project_afresh(dataset.x[shuffled], settings.PROJECTION_SIZE, generator)
+            rho = torch.rand(n, C, generator=generator, device=device).argsort(1)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = model(x, rho.gather(1, dataset.y[shuffled]))[:, -1]
+            total += logits.float().softmax(-1).gather(1, rho)
+        hits += (total.argmax(-1) == dataset.y[chosen[:, -1]]).sum().item()
+    return hits
+
+
 def evaluate(model, dataset, settings, precision, num_tasks=0):
     """Return {learner: curve} on EVAL_SEQUENCES meta-test sequences of unseen tasks.
 
@@ -547,13 +586,16 @@ def evaluate(model, dataset, settings, precision, num_tasks=0):
     its 95 % interval low, high.
     """
     n, lengths = settings.EVAL_SEQUENCES, context_lengths(settings)[1:]
+    found = {name: (range(len(hits)) if name == "Transformer" else lengths, hits) for name, hits in
+             count_hits(model, dataset, n, settings, precision, num_tasks, lengths).items()}
+    if settings.AVERAGED_PASSES and not num_tasks:
+        hits = count_averaged_hits(model, dataset, n, settings, precision)
+        found[f"mean of {settings.AVERAGED_PASSES} passes"] = lengths[-1:], np.array([hits])
     curves = {}
-    for name, hits in count_hits(model, dataset, n, settings, precision, num_tasks,
-                                 lengths).items():
+    for name, (examples, hits) in found.items():
         low, high = interval(hits, n)
-        curves[name] = dict(
-            examples=list(range(len(hits))) if name == "Transformer" else lengths,
-            accuracy=(hits / n).tolist(), low=low.tolist(), high=high.tolist(), sequences=n)
+        curves[name] = dict(examples=list(examples), accuracy=(hits / n).tolist(),
+                            low=low.tolist(), high=high.tolist(), sequences=n)
     return curves
 
 
@@ -861,7 +903,8 @@ def read_settings(arguments):
 def check_settings(s):
     """Raise UserError for the first value or combination of settings that can't work."""
     for name, value in vars(s).items():
-        default, may_be_zero = globals()[name], name in ("SEED", "NUM_TASKS", "WARMUP_STEPS")
+        default, may_be_zero = globals()[name], name in ("SEED", "NUM_TASKS", "WARMUP_STEPS",
+                                                          "AVERAGED_PASSES")
         if name in CHOICES and value not in CHOICES[name]:
             raise UserError(f"{name} is {value!r}; expected one of {', '.join(CHOICES[name])}.")
         if type(value) is not type(default) and not (type(default) is float and value == 0):
@@ -889,11 +932,55 @@ def choose_device(wanted):
     usable = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if not usable.get(wanted, True):
         raise UserError(f"DEVICE={wanted} is not available here; use --DEVICE=auto.")
-    if wanted != "auto":
-        return torch.device(wanted), "as asked for"
-    best = next(name for name, there in usable.items() if there)
-    return torch.device(best), dict(cuda="the fastest there is", mps="no CUDA device found",
-                                    cpu="no CUDA or MPS device found")[best]
+    best = next(name for name, there in usable.items() if there and wanted in ("auto", name))
+    if best == "cuda":                                   # torchrun: one device per process
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    why = dict(cuda="the fastest kind", mps="no CUDA here", cpu="no CUDA and no MPS here")[best]
+    return torch.device(best), why if wanted == "auto" else "as asked for"
+
+
+def processes():
+    """Return (rank, number) of this process among those that torchrun started; else (0, 1)."""
+    group = torch.distributed
+    together = group.is_available() and group.is_initialized()
+    return (group.get_rank(), group.get_world_size()) if together else (0, 1)
+
+
+@contextlib.contextmanager
+def joined_processes(settings):
+    """Join the processes that torchrun started, if it did, and leave them at the end."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    torch.distributed.init_process_group(
+        "nccl" if choose_device(settings.DEVICE)[0].type == "cuda" else "gloo")
+    try:
+        if settings.BATCH_SIZE % processes()[1]:
+            raise UserError(f"BATCH_SIZE={settings.BATCH_SIZE} can't be split evenly over "
+                            f"{processes()[1]} processes.")
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """Let the first process do something before the others do it."""
+    rank, world = processes()
+    if world > 1 and rank:
+        torch.distributed.barrier()
+    yield
+    if world > 1 and not rank:
+        torch.distributed.barrier()
+
+
+def agree(loss, stop, device):
+    """Return the mean loss over all processes, and whether any of them was asked to stop."""
+    if processes()[1] > 1:
+        both = torch.tensor([loss, float(stop)], device=device)
+        torch.distributed.all_reduce(both)
+        loss, stop = (both / processes()[1]).tolist()
+    return loss, stop > 0
 
 
 def choose_precision(wanted, device):
@@ -926,6 +1013,28 @@ def machine(device):
     return ", ".join(words + ([torch.cuda.get_device_name()] if device.type == "cuda" else []))
 
 
+def flops(model, x, y):
+    """Return the floating-point operations in the matrix products of one training step."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(model(x, y).flatten(0, 1), y.flatten()).backward()
+    model.zero_grad()
+    return counter.get_total_flops()
+
+
+def matmul_rate(device, precision, size=2048):
+    """Return the FLOP/s of large square matrix products: the best of ten, for comparison."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, best = torch.randn(size, size, device=device).to(dtype), math.inf
+    for _ in range(10):
+        synchronize(device)
+        began = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
 def run_folder(settings, preset, train_name):
     """Make and return the folder of these settings: a readable name, and a hash of them all."""
     base = {**vars(default_settings()), **PRESETS[preset]}
@@ -946,18 +1055,21 @@ def run_folder(settings, preset, train_name):
 class Log:
     """Prints lines without disturbing the progress bar, and keeps them in a file once opened."""
 
-    def __init__(self):
-        self.path, self.early = None, []
+    def __init__(self, silent=False):
+        self.silent, self.path, self.early = silent, None, []
 
     def open(self, path):
         self.path = path
-        self.write("\n".join(self.early))
+        if self.early:
+            self.write("\n".join(self.early))
 
     def write(self, text):
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(text + "\n")
 
     def __call__(self, text):
+        if self.silent:
+            return
         with tqdm.external_write_mode():
             print(text, flush=True)
         self.write(text) if self.path else self.early.append(text)
@@ -990,7 +1102,7 @@ def result_table(results):
     for name, entry in results["data_sets"].items():
         for learner, curve in entry["curves"].items():
             at = {n: i for i, n in enumerate(curve["examples"])}
-            cells = [f"{100 * curve['accuracy'][at[n]]:.1f}" if n in at else "-" for n in lengths]
+            cells = [f"{100 * curve['accuracy'][at[n]]:.1f}" if n in at else "" for n in lengths]
             row(f"{name}: Transformer" if learner == "Transformer" else "  " + learner, cells)
             if learner == "Transformer":
                 row("  95 % interval, ±", [f"{half_width(curve, n):.1f}" for n in lengths])
@@ -1028,6 +1140,8 @@ def plot(path, results):
             if learner == "Transformer":
                 panel.fill_between(curve["examples"], low, high, color="C0", alpha=0.25, lw=0)
                 panel.plot(curve["examples"], accuracy, "C0", lw=2, zorder=5, label="Transformer")
+            elif len(accuracy) == 1:
+                panel.plot(curve["examples"], accuracy, "C0D", ms=5, zorder=5, label=learner)
             else:
                 panel.plot(curve["examples"], accuracy, "--", marker=".", lw=1, label=learner)
         panel.axhline(100 / entry["classes"], color="grey", ls=":", label="chance")
@@ -1110,13 +1224,24 @@ def announce(preset, settings, device, why, precision, data, model, folder, log)
     log(f"Run folder  {folder}")
 
 
+def speed(model, training, settings, progress, precision):
+    """Return how fast the steps were, beside what the machine could do."""
+    x, y = draw_sequences(training, settings.BATCH_SIZE, settings, ("speed",))
+    peak = matmul_rate(x.device, precision)
+    rate = flops(model, x, y) * progress["step"] / progress["seconds"] / processes()[1]
+    return dict(training_seconds=progress["seconds"], model_flop_per_second=rate,
+                matmul_flop_per_second=peak, model_flop_share=rate / peak,
+                drawing_share=progress["drawing_seconds"] / progress["seconds"])
+
+
 def run(preset, settings, log):
     """Meta-train, evaluate and report; continue where a run of the same settings stopped."""
-    began = time.time()
+    began, rank = time.time(), processes()[0]
     device, why = choose_device(settings.DEVICE)
     precision = choose_precision(settings.PRECISION, device)
-    training, validation, tests = load_all(settings, device, log)
-    folder = run_folder(settings, preset, training.name)
+    with first_process_first():                          # it downloads what the others then find
+        training, validation, tests = load_all(settings, device, log)
+        folder = run_folder(settings, preset, training.name)
     log.open(folder / "log.txt")
     torch.manual_seed(settings.SEED)
     model = InContextTransformer(settings).to(device)
@@ -1130,18 +1255,22 @@ def run(preset, settings, log):
         log("\n".join(result_table(results)))
         log(f"\nThis run was finished before. To make it afresh, delete {folder}")
         return results
-    shutil.copyfile(__file__, folder / Path(__file__).name)
     if final.exists():
         saved = load_checkpoint(final, device, settings)
         model.load_state_dict(saved["model"])
         progress = saved["progress"]
     else:
         progress = meta_train(model, training, validation, settings, folder, precision, log)
-        save_checkpoint(final, settings, model, progress=progress)
+    if rank:
+        return None                                      # the rest is the first process's work
+    save_checkpoint(final, settings, model, progress=progress)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
-    share = progress["drawing_seconds"] / progress["seconds"]
-    log(f"\nTrained {progress['step']} steps in {progress['seconds']:.0f} s, {share:.1%} of it to "
-        f"draw tasks. Testing on {settings.EVAL_SEQUENCES} sequences a data set ...")
+    shutil.copyfile(__file__, folder / Path(__file__).name)
+    fast = speed(model, training, settings, progress, precision)
+    log(f"\nTrained {progress['step']} steps in {progress['seconds']:.0f} s, "
+        f"{fast['drawing_share']:.1%} of it to draw tasks; {fast['model_flop_per_second']:.3g} "
+        f"FLOP/s in matrix products,\n{fast['model_flop_share']:.0%} of what one large product "
+        f"reaches here. Testing on {settings.EVAL_SEQUENCES} sequences a data set ...")
 
     trained, data_sets = time.time(), {}
     comparable = training.name == "MNIST" and settings.NUM_EXAMPLES == 100
@@ -1152,16 +1281,16 @@ def run(preset, settings, log):
     results = dict(
         trained_on=training.name, preset=preset, settings=vars(settings), data_sets=data_sets,
         context_lengths=context_lengths(settings), device=device.type, precision=precision,
-        machine=machine(device), versions=dict(python=platform.python_version(),
-                                               torch=torch.__version__, numpy=np.__version__),
-        parameters=sum(p.numel() for p in model.parameters()), steps=progress["step"],
-        training_seconds=progress["seconds"], drawing_share=share, progress=progress["rows"],
-        evaluation_seconds=time.time() - trained, total_seconds=time.time() - began)
+        machine=machine(device), processes=processes()[1], versions=dict(
+            python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+        parameters=sum(p.numel() for p in model.parameters()), steps=progress["step"], **fast,
+        progress=progress["rows"], evaluation_seconds=time.time() - trained)
     write_csv(folder / "curves.csv", results)
     plot(folder / "accuracy_by_examples.png", results)
+    results["total_seconds"] = time.time() - began
     with replacing(report) as temporary:                 # last: it marks the run as finished
         temporary.write_text(json.dumps(results, indent=1))
-    log(f"Finished after {time.time() - began:.0f} s in all.")
+    log(f"Finished after {results['total_seconds']:.0f} s in all.")
     log("\n".join(result_table(results)))
     return results
 
@@ -1173,7 +1302,9 @@ def main(arguments):
         return 0
     socket.setdefaulttimeout(20)                         # for downloads from a silent network
     try:
-        run(*read_settings(arguments), Log())
+        preset, settings = read_settings(arguments)
+        with joined_processes(settings):
+            run(preset, settings, Log(silent=processes()[0] > 0))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -228,7 +228,7 @@ def test_output_files(tiny_flags, tmp_path, capsys, blobs_file):
     rows = list(csv.DictReader((folder / "curves.csv").open()))
     assert float(rows[0]["accuracy"]) == results["data_sets"]["blobs, seen tasks"]["curves"][
         "Transformer"]["accuracy"][0]
-    assert len(rows) == 2 * (12 + 5 * len(results["context_lengths"][1:]))
+    assert len(rows) == 1 + 2 * (12 + 5 * len(results["context_lengths"][1:]))
     assert (folder / SCRIPT.name).read_bytes() == SCRIPT.read_bytes()
     assert (folder / "accuracy_by_examples.png").read_bytes()[1:4] == b"PNG"
     assert (folder / "log.txt").read_text().strip() in output.strip()
