@@ -157,30 +157,36 @@ def draw_task(seed, i, n_pixels, size, device):
     return projection, torch.randperm(C, generator=generator, device=device)
 
 
-def cholesky(gram):
-    """Return the lower triangular L (B, T, T) with L L' = gram; works for singular matrices too.
+def cholesky(matrix):
+    """Return the lower triangular L (B, T, T) with L L' = matrix; works for singular matrices too.
 
     Our own because torch's doesn't run on every device and stops at singular matrices, which
     identical or low-dimensional inputs give: here a vanishing pivot gives a column of zeros.
     """
-    lower = torch.zeros_like(gram)
-    floor = 1e-6 * gram.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True) + 1e-30
-    for j in range(gram.shape[-1]):
-        column = gram[:, j:, j] - (lower[:, j:, :j] @ lower[:, j, :j, None])[..., 0]
+    lower = torch.zeros_like(matrix)
+    floor = 1e-6 * matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True) + 1e-30
+    for j in range(matrix.shape[-1]):
+        column = matrix[:, j:, j] - (lower[:, j:, :j] @ lower[:, j, :j, None])[..., 0]
         pivot = column[:, :1]
         lower[:, j:, j] = torch.where(pivot > floor, column * pivot.clamp_min(floor).rsqrt(), 0)
     return lower
 
 
-def project_afresh(images, size, generator):
+def inner_products(images):
+    """Return (B, T, T): the inner products of each sequence's images (B, T, N), divided by N."""
+    return images @ images.mT / images.shape[-1]
+
+
+def project_afresh(lower, settings, generator):
     """Return (B, T, P): the images of each sequence under a fresh A of its own.
 
     A is drawn only where the images look. For A_ij ~ N(0, 1/N), each row of A gives T numbers whose
-    covariance is the Gram matrix X X'/N; so they are L z with L L' = X X'/N and z ~ N(0, 1): T
-    normal numbers in place of N, and exactly the same distribution.
+    covariance is the Gram matrix X X'/N; so they are L z with `lower` L L' = X X'/N, z ~ N(0, 1):
+    T normal numbers in place of N, and exactly the same distribution.
     """
-    noise = torch.randn(*images.shape[:2], size, generator=generator, device=images.device)
-    return cholesky(images @ images.mT / images.shape[-1]) @ noise
+    noise = torch.randn(*lower.shape[:2], settings.PROJECTION_SIZE, generator=generator,
+                        device=lower.device)
+    return lower @ noise
 
 
 def draw_images(dataset, n_sequences, length, generator):
@@ -211,7 +217,7 @@ def draw_sequences(dataset, n_sequences, settings, key, num_tasks=0, biased_frac
         x = torch.stack([image @ projection.T for image, (projection, _) in zip(images, tasks)])
         rho = torch.stack([permutation for _, permutation in tasks])
     else:
-        x = project_afresh(images, settings.PROJECTION_SIZE, generator)
+        x = project_afresh(cholesky(inner_products(images)), settings, generator)
         rho = torch.rand(n_sequences, C, generator=generator, device=device).argsort(1)
     rho[:round(biased_fraction * n_sequences)] = torch.arange(C, device=device)
     return x, rho.gather(1, labels)
@@ -232,16 +238,17 @@ def shift(x):
 
 
 def image_cosines(x):
-    """Return (B, 4, T, T): how alike the images of token i and of token j are.
+    """Return (4, B, T, T): how alike the images of token i and of token j are.
 
     A token holds two images, its query x_i and the labelled x_i-1. In order: query i with labelled
     j, labelled with labelled, query with query, labelled with query.
     """
     with torch.autocast(x.device.type, enabled=False):
-        unit = F.normalize(x.float(), dim=-1)
-        cosines = F.pad(unit @ unit.mT, (1, 0, 1, 0))    # entry 0: no image
+        gram = x.float() @ x.float().mT
+        length = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-12).sqrt()
+        cosines = F.pad(gram / (length[:, :, None] * length[:, None]), (1, 0, 1, 0))  # 0: no image
     return torch.stack([cosines[:, 1:, :-1], cosines[:, :-1, :-1],
-                        cosines[:, 1:, 1:], cosines[:, :-1, 1:]], 1)
+                        cosines[:, 1:, 1:], cosines[:, :-1, 1:]])
 
 
 def causal_mask(length, device):
@@ -280,22 +287,22 @@ class Attention(nn.Module):
 
     def forward(self, h, x, cosines):
         B, T, D = h.shape
-        q, k, v = self.qkv(h).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(h).view(B, T, 3, self.heads, -1).permute(2, 3, 0, 1, 4)   # (H, B, T, -)
         if self.glance is not None:
             seen = self.glance(x)
-            q, k = (a.view(B, T, self.heads, -1).transpose(1, 2) for a in (seen, shift(seen)))
+            q, k = (a.view(B, T, self.heads, -1).permute(2, 0, 1, 3) for a in (seen, shift(seen)))
         scale = self.log_scale.exp() / q.shape[-1]       # normalised: q k' / size is a correlation
-        q, k = (norm(q) * scale[:, None, None]).to(v.dtype), norm(k).to(v.dtype)
+        q, k = (norm(q) * scale[:, None, None, None]).to(v.dtype), norm(k).to(v.dtype)
         if self.mixture is None:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
         else:
             # Written out: fused kernels take no learnt bias, or are slower with one. The cosines
             # stay in fp32, since bf16 would blur the difference between near and nearest.
             with torch.autocast(h.device.type, enabled=False):
-                scores = torch.einsum("hc,bcij->bhij", MIXTURE_SCALE * self.mixture, cosines)
-            scores = (q @ k.mT).float() + scores + causal_mask(T, h.device)
+                scores = MIXTURE_SCALE * self.mixture @ cosines.flatten(1)
+            scores = scores.view(-1, B, T, T).add_(q @ k.mT).add_(causal_mask(T, h.device))
             mixed = scores.softmax(-1).to(v.dtype) @ v
-        return self.out(mixed.transpose(1, 2).reshape(B, T, D))
+        return self.out(mixed.permute(1, 2, 0, 3).reshape(B, T, D))
 
 
 class Block(nn.Module):
@@ -542,11 +549,11 @@ def count_hits(model, dataset, n_sequences, settings, precision, num_tasks=0, le
     hits |= {name: np.zeros(len(lengths), int) for name in CLASSICAL if len(lengths)}
     for x, y in evaluation_batches(dataset, n_sequences, settings, num_tasks):
         hits["Transformer"] += (predict(model, x, y, precision) == y).sum(0).cpu().numpy()
-        gram, y = (x @ x.mT).cpu() if len(lengths) else None, y.cpu()
+        products, y = (x @ x.mT).cpu() if len(lengths) else None, y.cpu()
         for i, n in enumerate(lengths):
             targets = F.one_hot(y[:, :n], C).float()
             for name, learner in CLASSICAL.items():      # linear algebra is at home on the CPU
-                scores = learner(gram[:, :n + 1, :n + 1], targets)[:, 0]
+                scores = learner(products[:, :n + 1, :n + 1], targets)[:, 0]
                 scores = scores.masked_fill(targets.sum(1) == 0, -math.inf)
                 hits[name][i] += (scores.argmax(-1) == y[:, n]).sum().item()
     return hits
@@ -564,18 +571,19 @@ def count_averaged_hits(model, dataset, n_sequences, settings, precision):
     for start in range(0, n_sequences, EVAL_BATCH):
         n, key = min(EVAL_BATCH, n_sequences - start), ("meta-test", dataset.name, start)
         chosen = draw_images(dataset, n, T, stream(device, *key))
+        lower, y = cholesky(inner_products(dataset.x[chosen])), dataset.y[chosen]
         total = torch.zeros(n, C, device=device)
         for i in range(settings.AVERAGED_PASSES):
             generator = stream(device, *key, "pass", i)
             order = torch.rand(n, T, generator=generator, device=device)
             order[:, -1] = 1                             # the query stays the last
-            shuffled = chosen.gather(1, order.argsort(1))
-            x = project_afresh(dataset.x[shuffled], settings.PROJECTION_SIZE, generator)
+            order = order.argsort(1)
+            x = project_afresh(lower.take_along_dim(order[..., None], 1), settings, generator)
             rho = torch.rand(n, C, generator=generator, device=device).argsort(1)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = model(x, rho.gather(1, dataset.y[shuffled]))[:, -1]
+                logits = model(x, rho.gather(1, y.gather(1, order)))[:, -1]
             total += logits.float().softmax(-1).gather(1, rho)
-        hits += (total.argmax(-1) == dataset.y[chosen[:, -1]]).sum().item()
+        hits += (total.argmax(-1) == y[:, -1]).sum().item()
     return hits
 
 

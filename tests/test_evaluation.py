@@ -72,7 +72,7 @@ def test_all_learners_see_the_same_sequences_and_curves_add_up(blobs, tiny):
     settings = tiny(EVAL_SEQUENCES=100)
     model = gpicl.InContextTransformer(settings)
     curves = gpicl.evaluate(model, blobs, settings, "fp32")
-    assert set(curves) == {"Transformer", *gpicl.CLASSICAL}
+    assert set(curves) == {"Transformer", *gpicl.CLASSICAL, "mean of 8 passes"}
     assert curves["Transformer"]["examples"] == list(range(12))
     x, y = (torch.cat(part) for part in zip(*gpicl.evaluation_batches(blobs, 100, settings)))
     expected = (gpicl.predict(model, x, y, "fp32") == y).float().mean(0)
@@ -87,3 +87,34 @@ def test_all_learners_see_the_same_sequences_and_curves_add_up(blobs, tiny):
 def test_evaluation_does_not_depend_on_the_training_seed(blobs, tiny):
     one, other = (next(gpicl.evaluation_batches(blobs, 8, tiny(SEED=seed))) for seed in (0, 1))
     assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+class Neighbour(torch.nn.Module):
+    """Predicts the label of the nearest earlier example; the labels' order doesn't matter to it."""
+
+    def forward(self, x, y):
+        near = torch.cdist(x, x) + torch.full(x.shape[1:2] * 2, 1e9).triu()
+        return 50 * torch.nn.functional.one_hot(y.gather(1, near.argmin(-1)), 10).float()
+
+
+def test_averaging_undoes_its_permutations_and_beats_one_noisy_pass(blobs, tiny):
+    """With few outputs one projection is noisy; the mean over several must win clearly."""
+    settings = tiny(EVAL_SEQUENCES=400, PROJECTION_SIZE=6)
+    single = gpicl.count_hits(Neighbour(), blobs, 400, settings, "fp32")["Transformer"][-1]
+    one, eight = (gpicl.count_averaged_hits(
+        Neighbour(), blobs, 400, tiny(PROJECTION_SIZE=6, AVERAGED_PASSES=n), "fp32")
+        for n in (1, 8))
+    assert abs(one - single) < 70                        # the same kind of guess: 3 std of chance
+    assert eight > max(one, single) + 20
+    assert eight == gpicl.count_averaged_hits(Neighbour(), blobs, 400, settings, "fp32")
+
+
+def test_flops_are_those_of_the_matrix_products(tiny):
+    settings = tiny(PROJECTION_SIZE=32)
+    model = gpicl.InContextTransformer(settings)
+    x, y = torch.randn(2, 12, 32), torch.randint(10, (2, 12))
+    found = gpicl.flops(model, x, y)
+    weights = sum(p.numel() for p in model.parameters() if p.ndim == 2 and p.shape[1] > 4)
+    assert 4 * weights * 24 < found < 6 * weights * 24 * 1.6          # attention comes on top
+    assert gpicl.matmul_rate(torch.device("cpu"), "fp32", 256) > 1e8
+    assert all(p.grad is None for p in model.parameters())

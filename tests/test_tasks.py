@@ -26,7 +26,8 @@ def test_fresh_projection_has_the_law_of_the_full_one():
     images = torch.randn(1, 5, 50, generator=generator)
     images[0, 3] = images[0, 0]                          # the same image twice: singular Gram
     expected = images[0] @ images[0].T / 50
-    x = gpicl.project_afresh(images.expand(20000, -1, -1), 2, generator)
+    lower = gpicl.cholesky(gpicl.inner_products(images)).expand(20000, -1, -1)
+    x = gpicl.project_afresh(lower, gpicl.default_settings(PROJECTION_SIZE=2), generator)
     found = torch.einsum("bip,bjq->pqij", x, x) / len(x)
     assert torch.allclose(found[0, 0], expected, atol=0.05)
     assert torch.allclose(found[1, 1], expected, atol=0.05)
@@ -37,8 +38,8 @@ def test_fresh_projection_has_the_law_of_the_full_one():
 
 
 def test_every_sequence_gets_a_projection_of_its_own(blobs, tiny):
-    images = blobs.x[:12].expand(2, -1, -1)
-    x = gpicl.project_afresh(images, 32, torch.Generator().manual_seed(0))
+    lower = gpicl.cholesky(gpicl.inner_products(blobs.x[:12].expand(2, -1, -1)))
+    x = gpicl.project_afresh(lower, tiny(), torch.Generator().manual_seed(0))
     assert not torch.allclose(x[0], x[1], atol=0.1)
 
 

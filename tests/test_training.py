@@ -141,6 +141,41 @@ def test_not_finite_loss_stops_with_a_sentence_and_keeps_the_checkpoint(
     assert all(value.isfinite().all() for value in saved["model"].values())
 
 
+def test_two_processes_do_what_one_does_and_go_on_after_a_stop(tiny_flags, tmp_path):
+    """torchrun with gloo: the same weights to float tolerance; a stopped run ends the same."""
+    def torchrun(out_dir, **more):
+        return subprocess.Popen([
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            SCRIPT, *tiny_flags(OUT_DIR=tmp_path / out_dir, STEPS=40, ROW_EVERY=40, **more)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def weights(out_dir):
+        return gpicl.load_checkpoint(next((tmp_path / out_dir).glob("*/model.pt")))["model"]
+
+    assert run(tiny_flags(OUT_DIR=tmp_path / "one", STEPS=40, ROW_EVERY=40)).returncode == 0
+    process = torchrun("two")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert output.count("Run folder") == 1               # one process speaks
+    for name, weight in weights("one").items():
+        assert torch.allclose(weight, weights("two")[name], atol=2e-3), name
+    process = torchrun("stopped", CHECKPOINT_SECONDS=0)
+    while not list((tmp_path / "stopped").glob("*/checkpoint.pt")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    process.communicate(timeout=120)
+    assert not list((tmp_path / "stopped").glob("*/model.pt"))
+    process = torchrun("stopped", CHECKPOINT_SECONDS=0)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Continuing after step" in output, errors
+    assert all(torch.equal(weight, weights("two")[name])
+               for name, weight in weights("stopped").items())
+    process = torchrun("odd", BATCH_SIZE=7)
+    assert "can't be split evenly over 2 processes" in process.communicate(timeout=120)[1]
+
+
 def test_real_mnist_passes_the_classical_level_within_150_steps(real_data, tmp_path):
     """On real data, quickly: far above chance on MNIST and on FashionMNIST, never trained on."""
     done = run(["quick", f"--DATA_DIR={real_data}", f"--OUT_DIR={tmp_path}", "--STEPS=100",
