@@ -85,7 +85,7 @@ MLP_SIZE = 512               # hidden units of each MLP
 # Meta-training
 OPTIMIZER = "muon"           # muon (AdamW for what is not a hidden matrix) or adamw
 BATCH_SIZE = 32              # sequences per step
-STEPS = 2400                 # updates in all
+STEPS = 3000                 # updates in all
 LEARNING_RATE = 5e-3         # peak rate
 WARMUP_STEPS = 50            # rate rises from zero over so many steps
 DECAY_FRACTION = 0.4         # rate falls linearly to zero over the last so much of the steps
@@ -1071,27 +1071,14 @@ def run_folder(settings, preset, train_name):
     return folder
 
 
-class Log:
-    """Prints lines without disturbing the progress bar, and keeps them in a file once opened."""
-
-    def __init__(self, silent=False):
-        self.silent, self.path, self.early = silent, None, []
-
-    def open(self, path):
-        self.path = path
-        if self.early:
-            self.write("\n".join(self.early))
-
-    def write(self, text):
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
-
-    def __call__(self, text):
-        if self.silent:
-            return
-        with tqdm.external_write_mode():
-            print(text, flush=True)
-        self.write(text) if self.path else self.early.append(text)
+def log_to(path, silent=False):
+    """Return a function that prints text beside the progress bar and keeps it in a file."""
+    def log(text):
+        if not silent:
+            with tqdm.external_write_mode(), open(path, "a", encoding="utf-8") as file:
+                print(text, flush=True)
+                file.write(text + "\n")
+    return log
 
 
 # ------------------------------------------------------------------------------ plumbing: reports
@@ -1187,19 +1174,20 @@ def help_text():
 
 
 # --------------------------------------------------------------------------------- the whole job
-def load_all(settings, device, log):
-    """Return (training, validation, tests): two Datasets, and {row: (Dataset, NUM_TASKS)}.
+def load_all(settings, device):
+    """Return (training, validation, tests, notices): Datasets, {row: (Dataset, NUM_TASKS)}, texts.
 
     Where "auto" can't have MNIST, rendered digits take its place, and a notice says so.
     """
-    name = "MNIST" if settings.TRAIN_DATASET == "auto" else settings.TRAIN_DATASET
+    notices, name = [],  "MNIST" if settings.TRAIN_DATASET == "auto" else settings.TRAIN_DATASET
     try:
         whole = load_dataset(name, "train", settings, device)
     except DataUnavailable as error:
         if settings.TRAIN_DATASET != "auto":
             raise
-        log(f"\n*** NOTICE: {error}\n*** Rendered digits and letters take the place of MNIST and "
-            "FashionMNIST. Their numbers\n*** can't be compared with the paper's.\n")
+        notices.append(f"\n*** NOTICE: {error}\n*** Rendered digits and letters take the place of "
+                       "MNIST and FashionMNIST.\n*** Their numbers can't be compared with the "
+                       "paper's.\n")
         name = "RenderedDigits"
         whole = load_dataset(name, "train", settings, device)
     kept = len(whole.y) - settings.VALIDATION_IMAGES
@@ -1220,14 +1208,14 @@ def load_all(settings, device, log):
         except DataUnavailable as error:
             if settings.EVAL_DATASETS != "auto":
                 raise
-            log(f"\n*** NOTICE: {error}\n*** It is left out of the evaluation.\n")
+            notices.append(f"\n*** NOTICE: {error}\n*** It is left out of the evaluation.\n")
             continue
         if settings.NUM_TASKS and word == name:
             tests[f"{dataset.name}, seen tasks"] = dataset, settings.NUM_TASKS
         tests[dataset.name] = dataset, 0
     if not tests:
         raise UserError("EVAL_DATASETS names no data set; for example --EVAL_DATASETS=MNIST.")
-    return training, validation, tests
+    return training, validation, tests, notices
 
 
 def announce(preset, settings, device, why, precision, data, model, folder, log):
@@ -1253,15 +1241,17 @@ def speed(model, training, settings, progress, precision):
                 drawing_share=progress["drawing_seconds"] / progress["seconds"])
 
 
-def run(preset, settings, log):
+def run(preset, settings):
     """Meta-train, evaluate and report; continue where a run of the same settings stopped."""
     began, rank = time.time(), processes()[0]
     device, why = choose_device(settings.DEVICE)
     precision = choose_precision(settings.PRECISION, device)
     with first_process_first():                          # it downloads what the others then find
-        training, validation, tests = load_all(settings, device, log)
+        training, validation, tests, notices = load_all(settings, device)
         folder = run_folder(settings, preset, training.name)
-    log.open(folder / "log.txt")
+    log = log_to(folder / "log.txt", silent=rank > 0)
+    for notice in notices:
+        log(notice)
     torch.manual_seed(settings.SEED)
     model = InContextTransformer(settings).to(device)
     data = {f"{training.name} for meta-training": training, "  kept for validation": validation,
@@ -1324,7 +1314,7 @@ def main(arguments):
     try:
         preset, settings = read_settings(arguments)
         with joined_processes(settings):
-            run(preset, settings, Log(silent=processes()[0] > 0))
+            run(preset, settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

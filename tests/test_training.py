@@ -143,23 +143,26 @@ def test_not_finite_loss_stops_with_a_sentence_and_keeps_the_checkpoint(
 
 def test_two_processes_do_what_one_does_and_go_on_after_a_stop(tiny_flags, tmp_path):
     """torchrun with gloo: the same weights to float tolerance; a stopped run ends the same."""
+    steps = dict(STEPS=30, ROW_EVERY=30, PRECISION="fp32", LEARNING_RATE=1e-3)
+
     def torchrun(out_dir, **more):
         return subprocess.Popen([
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            SCRIPT, *tiny_flags(OUT_DIR=tmp_path / out_dir, STEPS=40, ROW_EVERY=40, **more)],
+            SCRIPT, *tiny_flags(OUT_DIR=tmp_path / out_dir, **steps, **more)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def weights(out_dir):
         return gpicl.load_checkpoint(next((tmp_path / out_dir).glob("*/model.pt")))["model"]
 
-    assert run(tiny_flags(OUT_DIR=tmp_path / "one", STEPS=40, ROW_EVERY=40)).returncode == 0
+    assert run(tiny_flags(OUT_DIR=tmp_path / "one", **steps)).returncode == 0
     process = torchrun("two")
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert output.count("Run folder") == 1               # one process speaks
     for name, weight in weights("one").items():
-        assert torch.allclose(weight, weights("two")[name], atol=2e-3), name
+        difference = (weight - weights("two")[name]).abs()
+        assert difference.mean() < 1e-4, name            # rounding decides Adam's tiniest steps
     process = torchrun("stopped", CHECKPOINT_SECONDS=0)
     while not list((tmp_path / "stopped").glob("*/checkpoint.pt")):
         assert process.poll() is None
