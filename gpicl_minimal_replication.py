@@ -1141,7 +1141,7 @@ def plot(path, results):
     figure = Figure(figsize=(max(6, 4.4 * len(entries)), 4.4), layout="constrained")
     panels = figure.subplots(1, len(entries), sharey=True, squeeze=False)[0]
     for panel, (name, entry) in zip(panels, entries.items()):
-        for learner, curve in entry["curves"].items():
+        for color, (learner, curve) in enumerate(entry["curves"].items()):
             accuracy, low, high = (100 * np.array(curve[k]) for k in ("accuracy", "low", "high"))
             if learner == "Transformer":
                 panel.fill_between(curve["examples"], low, high, color="C0", alpha=0.25, lw=0)
@@ -1149,7 +1149,7 @@ def plot(path, results):
             elif len(accuracy) == 1:
                 panel.plot(curve["examples"], accuracy, "C0D", ms=5, zorder=5, label=learner)
             else:
-                panel.plot(curve["examples"], accuracy, "--", marker=".", lw=1, label=learner)
+                panel.plot(curve["examples"], accuracy, f"C{color}.--", lw=1, label=learner)
         panel.axhline(100 / entry["classes"], color="grey", ls=":", label="chance")
         if entry["paper"]:
             panel.plot([99], [entry["paper"]["GPICL"]], "k*", ms=10, label="GPICL in the paper")
