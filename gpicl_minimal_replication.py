@@ -1231,14 +1231,18 @@ def announce(preset, settings, device, why, precision, data, model, folder, log)
     log(f"Run folder  {folder}")
 
 
-def speed(model, training, settings, progress, precision):
-    """Return how fast the steps were, beside what the machine could do."""
+def speed(model, training, settings, progress, precision, log):
+    """Say and return how fast the steps were, beside what the machine could do."""
     x, y = draw_sequences(training, settings.BATCH_SIZE, settings, ("speed",))
-    peak = matmul_rate(x.device, precision)
     rate = flops(model, x, y) * progress["step"] / progress["seconds"] / processes()[1]
+    peak, drawing = matmul_rate(x.device, precision), progress["drawing_seconds"]
+    log(f"\nTrained {progress['step']} steps in {progress['seconds']:.0f} s, "
+        f"{drawing / progress['seconds']:.0%} of it to draw tasks; {rate:.3g} FLOP/s in matrix "
+        f"products,\n{rate / peak:.0%} of what one large product reaches here. Testing on "
+        f"{settings.EVAL_SEQUENCES} sequences a data set ...")
     return dict(training_seconds=progress["seconds"], model_flop_per_second=rate,
                 matmul_flop_per_second=peak, model_flop_share=rate / peak,
-                drawing_share=progress["drawing_seconds"] / progress["seconds"])
+                drawing_share=drawing / progress["seconds"])
 
 
 def run(preset, settings):
@@ -1275,12 +1279,7 @@ def run(preset, settings):
     save_checkpoint(final, settings, model, progress=progress)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     shutil.copyfile(__file__, folder / Path(__file__).name)
-    fast = speed(model, training, settings, progress, precision)
-    log(f"\nTrained {progress['step']} steps in {progress['seconds']:.0f} s, "
-        f"{fast['drawing_share']:.1%} of it to draw tasks; {fast['model_flop_per_second']:.3g} "
-        f"FLOP/s in matrix products,\n{fast['model_flop_share']:.0%} of what one large product "
-        f"reaches here. Testing on {settings.EVAL_SEQUENCES} sequences a data set ...")
-
+    fast = speed(model, training, settings, progress, precision, log)
     trained, data_sets = time.time(), {}
     comparable = training.name == "MNIST" and settings.NUM_EXAMPLES == 100
     for row, (dataset, num_tasks) in tests.items():
