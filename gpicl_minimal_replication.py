@@ -1223,9 +1223,10 @@ def announce(preset, settings, device, why, precision, data, model, folder, log)
     base = vars(default_settings())
     changed = [f"{k}={v}" for k, v in vars(settings).items() if v != base[k]]
     log(f"Device      {device.type} ({why}), {precision}; {machine(device)}")
-    for use, dataset in data.items():
+    for use, dataset in data:
         n, pixels = dataset.x.shape
-        log(f"Data        {use}: {n:,} x {pixels}, {dataset.classes} classes")
+        log(f"Data        {dataset.name}, {use}: {n:,} of {pixels} numbers, "
+            f"{dataset.classes} classes")
     log(f"Model       {sum(p.numel() for p in model.parameters()):,} parameters")
     log(f"Settings    {preset}" + "".join(f", {word}" for word in changed))
     log(f"Run folder  {folder}")
@@ -1258,8 +1259,8 @@ def run(preset, settings):
         log(notice)
     torch.manual_seed(settings.SEED)
     model = InContextTransformer(settings).to(device)
-    data = {f"{training.name} for meta-training": training, "  kept for validation": validation,
-            **{f"{row} for the test": dataset for row, (dataset, _) in tests.items()}}
+    data = [("meta-training", training), ("validation", validation)] + [
+        ("test", dataset) for dataset in {id(d): d for d, _ in tests.values()}.values()]
     announce(preset, settings, device, why, precision, data, model, folder, log)
 
     report, final = folder / "results.json", folder / "model.pt"
