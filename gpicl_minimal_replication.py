@@ -31,6 +31,7 @@ import csv
 import ctypes
 import difflib
 import hashlib
+import io
 import json
 import math
 import os
@@ -101,6 +102,14 @@ ROW_EVERY = 500              # steps between two rows of the progress table
 ROW_SEQUENCES = 512          # validation sequences behind one such row
 CHECKPOINT_SECONDS = 30.0    # seconds between two checkpoints
 
+# Commands evaluate and classify
+CHECKPOINT = "auto"          # model.pt of a run; auto: the newest one in OUT_DIR
+TRAIN_FILE = ""              # classify: the examples, a .csv or .npz file
+TEST_FILE = ""               # classify: the rows to be labelled, likewise
+LABEL_COLUMN = "last"        # classify: labels in a .csv: last, a header's name, or 1, 2 ...
+N_ENSEMBLE = 8               # classify: passes whose probabilities are averaged
+PREDICTIONS_FILE = "predictions.csv"    # classify: the labels and their probabilities
+
 PRESETS = {
     "default": {},
     "quick": dict(STEPS=600, ROW_EVERY=100, AVERAGED_PASSES=0),
@@ -111,10 +120,20 @@ PRESETS = {
                   OPTIMIZER="adamw", BATCH_SIZE=128, STEPS=2**18, LEARNING_RATE=3e-4,
                   ADAM_BETA2=0.999),
 }
+# What a command reads besides them; "evaluate" takes all else from the checkpoint.
+COMMANDS = {
+    "evaluate": ("CHECKPOINT", "EVAL_DATASETS", "EVAL_SEQUENCES", "AVERAGED_PASSES", "NUM_EXAMPLES",
+                 "IMAGE_SIZE", "DEVICE", "PRECISION", "DATA_DIR", "OUT_DIR"),
+    "classify": ("CHECKPOINT", "TRAIN_FILE", "TEST_FILE", "LABEL_COLUMN", "N_ENSEMBLE",
+                 "PREDICTIONS_FILE", "SEED", "OUT_DIR"),
+}
 # ----------------------------------------------------------------------------- end of settings
 
 C = 10                                               # classes that the model tells apart
 EVAL_BATCH = 64                                      # sequences that are tested at once
+QUERIES = 200                                        # rows that are classified at once
+MAX_CONTEXT = 2000                                   # of more examples, each pass sees a sample
+OFFSET = 0.6                                         # constant feature, against the others' length
 MIXTURE_SCALE = 10.0                                 # makes Adam's steps fit the image mixtures
 FORMAT = "gpicl-1"                                   # of checkpoints
 CHOICES = dict(DEVICE=("auto", "cuda", "mps", "cpu"), PRECISION=("auto", "bf16", "fp32"),
@@ -232,15 +251,19 @@ def norm(x):
     return F.layer_norm(x, x.shape[-1:])
 
 
-def shift(x):
-    """Return x (B, T, ...) moved on by one example: example i gets what belongs to i - 1.
+# The last `queries` examples of a sequence are asked about side by side: each of them comes right
+# after example T - queries, the end of the context. In meta-training there is one.
+def shift(x, queries):
+    """Return x (B, T, n) moved on: example i gets what belongs to the example before it.
 
     The first gets zeros: "no example yet" is unlike every class, whose one-hot code has a one.
     """
-    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+    end = x.shape[1] - queries
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :end],
+                      x[:, end - 1:end].expand(-1, queries - 1, -1)], 1)
 
 
-def image_cosines(x):
+def image_cosines(x, queries):
     """Return (4, B, T, T): how alike the images of token i and of token j are.
 
     A token holds two images, its query x_i and the labelled x_i-1. In order: query i with labelled
@@ -249,14 +272,35 @@ def image_cosines(x):
     with torch.autocast(x.device.type, enabled=False):
         gram = x.float() @ x.float().mT
         length = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-12).sqrt()
-        cosines = F.pad(gram / (length[:, :, None] * length[:, None]), (1, 0, 1, 0))  # 0: no image
-    return torch.stack([cosines[:, 1:, :-1], cosines[:, :-1, :-1],
-                        cosines[:, 1:, 1:], cosines[:, :-1, 1:]])
+        query = gram / (length[:, :, None] * length[:, None])
+    labelled = shift(query, queries)
+    return torch.stack([labelled.mT, shift(labelled.mT, queries), query, labelled])
 
 
-def causal_mask(length, device):
-    """Return (T, T): 0 where row i may look at column j, j <= i, else minus infinity."""
-    return torch.full((length, length), -math.inf, device=device).triu(1)
+def causal_mask(length, queries, device):
+    """Return (T, T): 0 where row i may look at column j, minus infinity elsewhere."""
+    i = torch.arange(length, device=device)
+    context = (i < i[:, None]) & (i < length - queries)
+    return torch.where(context | (i == i[:, None]), 0.0, -math.inf)
+
+
+def sharpness(length, queries, trained, device):
+    """Return (T, 1): what attention scores are multiplied by after n examples, log n / log trained.
+
+    The more examples, the sharper attention must be to find the near ones. It is one up to the
+    trained length, where training has found the scale.
+    """
+    n = torch.arange(length, device=device).clamp(max=length - queries)
+    return (n.clamp(min=trained).log() / math.log(trained))[:, None]
+
+
+class Surroundings(NamedTuple):
+    """What attention needs to know of a sequence besides the residual stream."""
+    x: torch.Tensor                        # (B, T, P) projected images
+    queries: int                           # how many of the last are asked about side by side
+    sharpness: float | torch.Tensor        # (T, 1) factor of the scores from sharpness(), or 1
+    cosines: torch.Tensor | None           # (4, B, T, T) from image_cosines
+    mask: torch.Tensor | None              # (T, T) from causal_mask; None: simply causal
 
 
 class Attention(nn.Module):
@@ -288,22 +332,24 @@ class Attention(nn.Module):
             self.glance = nn.Linear(settings.PROJECTION_SIZE, 128 * self.heads, bias=False)
             self.log_scale.data = torch.linspace(math.log(8), math.log(32), self.heads)
 
-    def forward(self, h, x, cosines):
+    def forward(self, h, around):
         B, T, D = h.shape
         q, k, v = self.qkv(h).view(B, T, 3, self.heads, -1).permute(2, 3, 0, 1, 4)   # (H, B, T, -)
         if self.glance is not None:
-            seen = self.glance(x)
-            q, k = (a.view(B, T, self.heads, -1).permute(2, 0, 1, 3) for a in (seen, shift(seen)))
-        scale = self.log_scale.exp() / q.shape[-1]       # normalised: q k' / size is a correlation
-        q, k = (norm(q) * scale[:, None, None, None]).to(v.dtype), norm(k).to(v.dtype)
+            seen = self.glance(around.x)
+            q, k = (a.view(B, T, self.heads, -1).permute(2, 0, 1, 3)
+                    for a in (seen, shift(seen, around.queries)))
+        scale = (self.log_scale.exp() / q.shape[-1])[:, None, None, None]    # q k' / size: cosine
+        q, k = (norm(q) * (scale * around.sharpness)).to(v.dtype), norm(k).to(v.dtype)
         if self.mixture is None:
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+            mixed = F.scaled_dot_product_attention(q, k, v, around.mask, scale=1.0,
+                                                   is_causal=around.mask is None)
         else:
             # Written out: fused kernels take no learnt bias, or are slower with one. The cosines
             # stay in fp32, since bf16 would blur the difference between near and nearest.
             with torch.autocast(h.device.type, enabled=False):
-                scores = MIXTURE_SCALE * self.mixture @ cosines.flatten(1)
-            scores = scores.view(-1, B, T, T).add_(q @ k.mT).add_(causal_mask(T, h.device))
+                scores = MIXTURE_SCALE * self.mixture @ around.cosines.flatten(1)
+            scores = scores.view(-1, B, T, T).add_(q @ k.mT).add_(around.mask)
             mixed = scores.softmax(-1).to(v.dtype) @ v
         return self.out(mixed.permute(1, 2, 0, 3).reshape(B, T, D))
 
@@ -318,8 +364,8 @@ class Block(nn.Module):
         self.down = nn.Linear(settings.MLP_SIZE, settings.MODEL_SIZE, bias=False)
         nn.init.zeros_(self.down.weight)
 
-    def forward(self, h, x, cosines):
-        h = h + self.attention(norm(h), x, cosines)
+    def forward(self, h, around):
+        h = h + self.attention(norm(h), around)
         return h + self.down(F.gelu(self.up(norm(h))))
 
 
@@ -334,6 +380,7 @@ class InContextTransformer(nn.Module):
     def __init__(self, settings):
         super().__init__()
         size, inputs = settings.MODEL_SIZE, settings.PROJECTION_SIZE
+        self.settings = settings
         self.pairs = settings.TOKEN_FORMAT == "pairs"
         width = size // 2 if self.pairs else size
         self.embed_image = nn.Linear(inputs, width, bias=False)
@@ -346,18 +393,28 @@ class InContextTransformer(nn.Module):
         self.layers = nn.ModuleList(Block(settings, i == 0) for i in range(settings.NUM_LAYERS))
         self.head = nn.Linear(size, C, bias=False)
         nn.init.zeros_(self.head.weight)
+        self.register_buffer("temperature", torch.ones(()))          # set by fit_temperature
 
-    def forward(self, x, y):
-        """Return logits (B, T, C) for x (B, T, P) and y (B, T); those of i never use y_i."""
+    def forward(self, x, y, queries=1):
+        """Return logits (B, T, C) for x (B, T, P) and y (B, T); those of i never use y_i.
+
+        The last `queries` examples don't see each other: each comes after the same T - queries.
+        """
+        T, compare = x.shape[1], self.layers[0].attention.mixture is not None
         h = image = self.embed_image(x)
         if self.pairs:
-            h = torch.cat([image, shift(image)], -1)
-        h = h + self.embed_label(shift(F.one_hot(y, C).to(x.dtype)))
+            h = torch.cat([image, shift(image, queries)], -1)
+        h = h + self.embed_label(shift(F.one_hot(y, C).to(x.dtype), queries))
         if self.positions is not None:
-            h = h + self.positions[:x.shape[1]]
-        cosines = image_cosines(x) if self.layers[0].attention.mixture is not None else None
+            h = h + self.positions[torch.arange(T, device=x.device).clamp(max=T - queries)]
+        sharp, trained = 1.0, max(2, self.settings.NUM_EXAMPLES - 1)
+        if T - queries > trained:
+            sharp = sharpness(T, queries, trained, x.device)
+        around = Surroundings(
+            x, queries, sharp, image_cosines(x, queries) * sharp if compare else None,
+            causal_mask(T, queries, x.device) if compare or queries > 1 else None)
         for layer in self.layers:
-            h = layer(h, x, cosines)
+            h = layer(h, around)
         return self.head(norm(h))
 
 
@@ -610,10 +667,207 @@ def evaluate(model, dataset, settings, precision, num_tasks=0):
     return curves
 
 
+@torch.no_grad()
+def last_logits(model, dataset, n_sequences, settings, precision):
+    """Return logits (n, C) and labels (n,) of the last examples of so many meta-test sequences."""
+    logits, labels = [], []
+    for x, y in evaluation_batches(dataset, n_sequences, settings):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits.append(model(x, y)[:, -1].float().cpu())
+        labels.append(y[:, -1].cpu())
+    return torch.cat(logits), torch.cat(labels)
+
+
+def fit_temperature(model, validation, settings, precision):
+    """Set the temperature that makes the model's probabilities fit validation tasks best."""
+    logits, y = last_logits(model, validation, settings.ROW_SEQUENCES, settings, precision)
+    grid = torch.logspace(-0.5, 0.5, 101)
+    losses = torch.stack([F.cross_entropy(logits / temperature, y) for temperature in grid])
+    model.temperature.fill_(grid[losses.argmin()])
+
+
+def calibration_error(probabilities, y, bins=15):
+    """Return the expected calibration error: the mean distance of confidence and accuracy over
+    `bins` bins of confidence (Guo et al. 2017), for probabilities (n, C) and labels y (n,).
+    """
+    confidence, predicted = probabilities.max(1)
+    gap = torch.zeros(bins + 1).index_add(
+        0, (confidence * bins).long(), confidence - (predicted == y).float())
+    return (gap.abs().sum() / len(y)).item()
+
+
+def calibration(model, dataset, settings, precision):
+    """Return the calibration error after the longest context, raw and with the temperature."""
+    logits, y = last_logits(model, dataset, settings.EVAL_SEQUENCES // 4, settings, precision)
+    return dict(raw=calibration_error(logits.softmax(1), y),
+                fitted=calibration_error((logits / model.temperature.cpu()).softmax(1), y))
+
+
 def context_lengths(settings):
     """Return the columns of the printed tables: the last is the longest context there is."""
     return [n for n in (0, 1, 2, 5, 10, 20, 50) if n < settings.NUM_EXAMPLES - 1] + [
         settings.NUM_EXAMPLES - 1]
+
+
+# ---------------------------------------------------------------------- a classifier for any data
+class InContextClassifier:
+    """Classifies any data in context: the examples become the context, and nothing is trained.
+
+    model            path of a model.pt, or an InContextTransformer
+    n_ensemble       passes whose probabilities are averaged, each with a random projection, label
+                     permutation and order of the examples of its own
+    scaling          "shared": one mean and one scale for all features (pixels); "columns": each its
+                     own (tables); "auto": shared for X of more than two dimensions, else the one
+                     with which more examples are of their nearest neighbour's class
+    temperature      divides the logits; None: the one fitted after meta-training
+    random_state     seed of everything that is random
+
+    Follows scikit-learn's conventions without needing it. Raises UserError for what can't be used.
+    """
+
+    def __init__(self, model, n_ensemble=8, scaling="auto", temperature=None, random_state=0):
+        self.model, self.n_ensemble, self.scaling = model, n_ensemble, scaling
+        self.temperature, self.random_state = temperature, random_state
+
+    def get_params(self, deep=True):
+        return {name: getattr(self, name) for name in
+                ("model", "n_ensemble", "scaling", "temperature", "random_state")}
+
+    def set_params(self, **params):
+        for name, value in params.items():
+            if name not in self.get_params():
+                raise UserError(f"there is no parameter {name!r}"
+                                f"{did_you_mean(name, self.get_params())}")
+            setattr(self, name, value)
+        return self
+
+    def __sklearn_tags__(self):                          # only scikit-learn asks for this
+        from sklearn.utils import ClassifierTags, Tags, TargetTags
+        return Tags(estimator_type="classifier", target_tags=TargetTags(required=True),
+                    classifier_tags=ClassifierTags())
+
+    def fit(self, X, y):
+        """Take examples as the context: X (n, ...), numbers of any shape; y (n,), any labels."""
+        x, y = as_rows(X), np.asarray(y)
+        if y.shape != (len(x),):
+            raise UserError(f"X has {len(x)} rows and y has shape {y.shape}; expected one label "
+                            "per row.")
+        kinds = dict(shared=["shared"], columns=["columns"], auto=["columns", "shared"])
+        if self.scaling not in kinds:
+            raise UserError(f"scaling is {self.scaling!r}; expected {', '.join(kinds)}.")
+        self.classes_, first, numbers = class_numbers(y, "y")
+        self.network_ = self.model
+        if not isinstance(self.model, nn.Module):
+            self.network_ = load_model(self.model, choose_device("auto")[0])[0]
+        positions = self.network_.positions
+        if positions is not None and len(x) >= len(positions):
+            raise UserError(f"{len(x)} examples; this model with TOKEN_FORMAT=paper has learnt "
+                            f"positions for at most {len(positions) - 1} examples.")
+        if not isinstance(self.n_ensemble, int) or self.n_ensemble < 1:
+            raise UserError(f"n_ensemble is {self.n_ensemble!r}; expected 1 or more.")
+        # Numbered as they first appear: other names for the classes change nothing but names.
+        self.slots_ = torch.as_tensor(first.argsort().argsort())
+        self.labels_ = self.slots_[torch.as_tensor(numbers)]
+        self.examples_, self.n_features_in_ = (x, y), x.shape[1]
+        kinds = ["shared"] if np.ndim(X) > 2 and self.scaling == "auto" else kinds[self.scaling]
+        scales = [(x.mean(), x.std(correction=0)) if kind == "shared" else
+                  (x.mean(0), x.std(0, correction=0)) for kind in kinds]
+        self.scale_ = max(scales, key=lambda scale: neighbours_agree(scaled(x, *scale), numbers))
+        return self
+
+    @torch.no_grad()
+    def predict_proba(self, X):
+        """Return (n, classes): the probability of each class, in the order of classes_."""
+        if not hasattr(self, "examples_"):
+            raise UserError("this classifier has no examples yet; call fit(X, y) first.")
+        x, context = as_rows(X), scaled(self.examples_[0], *self.scale_)
+        if x.shape[1] != self.n_features_in_:
+            raise UserError(f"X has {x.shape[1]} features; the examples have "
+                            f"{self.n_features_in_}.")
+        x, network, n = scaled(x, *self.scale_), self.network_, min(len(context), MAX_CONTEXT)
+        device, size = network.head.weight.device, network.embed_image.in_features
+        temperature = self.temperature or network.temperature.item()
+        total = torch.zeros(len(x), len(self.classes_))
+        for i in range(self.n_ensemble):
+            generator = stream("cpu", self.random_state, "classifier", i)
+            rho = torch.randperm(C, generator=generator)
+            order = torch.randperm(len(context), generator=generator)[:n]
+            labels = rho[self.labels_[order]].to(device)
+            projection = torch.randn(context.shape[1], size, generator=generator)
+            projection = projection.to(device) / context.shape[1]**0.5
+            seen = context[order].to(device) @ projection
+            for part, out in zip(x.split(QUERIES), total.split(QUERIES)):
+                shown = torch.cat([seen, part.to(device) @ projection])[None]
+                logits = network(shown, F.pad(labels, (0, len(part)))[None], len(part))[0, n:]
+                logits = logits.float().cpu()[:, rho[self.slots_]] / temperature
+                out += logits.softmax(-1) / self.n_ensemble
+        return total.numpy()
+
+    def predict(self, X):
+        """Return (n,): the most probable class of each row."""
+        probabilities = self.predict_proba(X)
+        return self.classes_[probabilities.argmax(1)]
+
+    def score(self, X, y):
+        """Return the share of rows whose class is predicted rightly."""
+        return float((self.predict(X) == np.asarray(y)).mean())
+
+    def save(self, path):
+        """Write the fitted classifier, model and examples included, to a file for `load`."""
+        if not hasattr(self, "examples_"):
+            raise UserError("this classifier has no examples yet; call fit(X, y) first.")
+        params = {name: value for name, value in self.get_params().items() if name != "model"}
+        save_checkpoint(Path(path), self.network_.settings, self.network_, classifier=dict(
+            params=params, x=self.examples_[0], y=self.examples_[1].tolist()))
+
+    @classmethod
+    def load(cls, path):
+        """Return the fitted classifier that `save` wrote."""
+        network, saved = load_model(path, choose_device("auto")[0])
+        if "classifier" not in saved:
+            raise UserError(f"{path} holds a model, but no classifier; make one with "
+                            "InContextClassifier(path).fit(X, y).")
+        state = saved["classifier"]
+        return cls(network, **state["params"]).fit(state["x"], np.array(state["y"]))
+
+
+def as_rows(X):
+    """Return X (n, ...) as numbers (n, features) on the CPU; raise UserError for anything else."""
+    try:
+        x = X.detach().cpu().double().numpy() if isinstance(X, torch.Tensor) else np.asarray(X)
+        if x.dtype.kind == "c":
+            raise TypeError("they are complex")
+        x = x.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"X can't be read as an array of numbers ({error}).") from None
+    if x.ndim < 2 or not x.size or not (np.abs(x) < 1e30).all():
+        raise UserError(f"X has shape {x.shape}; expected at least one row (n, ...) of finite "
+                        "numbers, none of them NaN.")
+    return torch.from_numpy(x.reshape(len(x), -1))
+
+
+def scaled(x, mean, scale):
+    """Return rows x scaled, with one constant feature more: so that angles tell distances too."""
+    x = ((x - mean) / torch.where(scale > 0, scale, 1)).clamp(-1e4, 1e4).float()
+    return F.pad(x, (0, 1), value=OFFSET * x.shape[1]**0.5)
+
+
+def neighbours_agree(x, labels, most=2000):
+    """Return the share of rows x (n, N) whose nearest other row, by its cosine, has their label."""
+    x, labels = F.normalize(x[:most]), np.asarray(labels)[:most]
+    nearest = (x @ x.T).fill_diagonal_(-2).argmax(1).numpy()
+    return (labels[nearest] == labels).mean()
+
+
+def class_numbers(y, name):
+    """Return the classes of y, where each first occurs, and the number of each label's class."""
+    try:
+        kinds, first, numbers = np.unique(y, return_index=True, return_inverse=True)
+    except TypeError as error:
+        raise UserError(f"{name}: the labels are of several types ({error}).") from None
+    if not 2 <= len(kinds) <= C:
+        raise UserError(f"{name}: {len(kinds)} classes; this model tells 2 to {C} classes apart.")
+    return kinds, first, numbers
 
 
 # ----------------------------------------------------------------------------------------- data
@@ -629,9 +883,7 @@ def as_dataset(name, x, y, size, device):
                         "label: x (n, ...) and y (n,).")
     if x.dtype.kind not in "biuf":
         raise UserError(f"{name}: x holds {x.dtype}; expected numbers.")
-    kinds, y = np.unique(y, return_inverse=True)
-    if not 2 <= len(kinds) <= C:
-        raise UserError(f"{name}: {len(kinds)} classes; this model tells 2 to {C} classes apart.")
+    kinds, _, y = class_numbers(y, name)
     x = torch.as_tensor(x.astype(np.float32))
     if not x.isfinite().all() or x.std() == 0:
         raise UserError(f"{name}: x is constant, or holds NaN or infinite values; clean it first.")
@@ -743,11 +995,11 @@ def rendered_arrays(name, train, folder):
     return npz_arrays(path)
 
 
-def npz_arrays(path):
-    """Return x and y of an .npz file."""
+def npz_arrays(path, labels=True):
+    """Return x and y of an .npz file; where `labels` need not be there, y may be None."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return file["x"], file["y"]
+            return file["x"], file["y"] if labels or "y" in file else None
     except FileNotFoundError as error:
         raise DataUnavailable(f"there is no file {path}; give the path of an .npz file.") from error
     except KeyError as error:
@@ -755,6 +1007,58 @@ def npz_arrays(path):
     except Exception as error:                           # zipfile and numpy raise many kinds
         raise UserError(f"{path} can't be read as an .npz file ({error}); make it again with "
                         "numpy.savez(path, x=x, y=y).") from error
+
+
+def csv_arrays(path, label_column, features=None):
+    """Return x (n, features) and labels (n,) of a .csv file; labels None where it has none.
+
+    A first line that holds a word above a column of numbers is a header. The labels are in the
+    column `label_column`: "last", a header's name, or its number from 1. With as many columns as
+    `features` there are none.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        rows = [row for row in csv.reader(io.StringIO(text), delimiter=separator) if any(row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"can't read {path}: {error}.") from error
+    if not rows or min(map(len, rows)) != max(map(len, rows)):
+        raise UserError(f"{path}: expected lines of equally many values, separated by commas.")
+    if features is not None and len(rows[0]) - features not in (0, 1):
+        raise UserError(f"{path} has {len(rows[0])} columns; expected {features}, as many as the "
+                        "examples have features, and perhaps one of labels.")
+    header, place = [word.strip() for word in rows[0]], len(rows[0]) - 1
+    if label_column in header:
+        place = header.index(label_column)
+    elif label_column != "last" and len(header) != features:
+        if not label_column.isdigit() or not 0 < int(label_column) <= len(header):
+            raise UserError(f"{path} has no column {label_column!r}; its first line is: "
+                            f"{', '.join(header)[:200]}.")
+        place = int(label_column) - 1
+    labelled = len(header) != features
+    columns = [i for i in range(len(header)) if not (labelled and i == place)]
+
+    def number(text):
+        try:
+            return float(text)
+        except ValueError:
+            return None
+
+    words = any(number(header[i]) is None for i in columns) or label_column in header
+    x = [[number(row[i]) for i in columns] for row in rows[words:]]
+    for line, (row, values) in enumerate(zip(rows[words:], x)):
+        if None in values:
+            bad = row[columns[values.index(None)]]
+            raise UserError(f"{path}: {bad!r} in line {line + 1 + words} is not a number; only the "
+                            f"labels may be words (column {place + 1} is read as labels).")
+    return np.array(x), np.array([row[place] for row in rows[words:]]) if labelled else None
+
+
+def read_examples(path, label_column, features=None):
+    """Return x and the labels, None if it has none, of a .csv or .npz file."""
+    if not str(path).endswith(".npz"):
+        return csv_arrays(path, label_column, features)
+    return npz_arrays(path, labels=features is None)
 
 
 def load_dataset(name, split, settings, device):
@@ -843,9 +1147,29 @@ def load_checkpoint(path, device="cpu", settings=None):
     return saved
 
 
+def load_model(path, device):
+    """Return (model, saved): the model of a model.pt, and all that the file holds."""
+    saved = load_checkpoint(path, device)
+    model = InContextTransformer(default_settings(**saved["settings"])).to(device)
+    model.load_state_dict(saved["model"])
+    return model, saved
+
+
+def newest_checkpoint(settings):
+    """Return the path CHECKPOINT, or for "auto" that of the newest model.pt in OUT_DIR."""
+    if settings.CHECKPOINT != "auto":
+        return Path(settings.CHECKPOINT)
+    found = sorted(Path(settings.OUT_DIR).glob("*/model.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"there is no model.pt in OUT_DIR={settings.OUT_DIR}; meta-train one first "
+                        "(python gpicl_minimal_replication.py quick), or give --CHECKPOINT=path.")
+    return found[-1]
+
+
 def identity(settings):
     """Return the settings that make a run what it is: all but where its files lie."""
-    return {k: v for k, v in settings.items() if k not in ("OUT_DIR", "DATA_DIR")}
+    elsewhere = {"OUT_DIR", "DATA_DIR", "N_ENSEMBLE", *COMMANDS["classify"]} - {"SEED"}
+    return {k: v for k, v in settings.items() if k not in elsewhere}
 
 
 # ---------------------------------------------------------------------------- plumbing: settings
@@ -893,22 +1217,31 @@ def read_value(name, text, default):
 
 
 def read_settings(arguments):
-    """Return (preset, settings) for the words of a command line: a preset and flags."""
-    words = [word for word in arguments if not word.startswith("-")]
-    for word in words[1:] + [word for word in words[:1] if word not in PRESETS]:
-        raise UserError(f"unexpected word {word!r}{did_you_mean(word, PRESETS)} At most one "
-                        "preset is read, and settings as --NAME=value.")
-    preset = words[0] if words else "default"
-    settings = default_settings(**PRESETS[preset])
+    """Return (word, settings, flags) of a command line: a preset's or command's name, the settings,
+    and the names of those that flags have set.
+    """
+    words, flags = [word for word in arguments if not word.startswith("-")], []
+    known = [*PRESETS, *COMMANDS]
+    for word in words[1:] + [word for word in words[:1] if word not in known]:
+        raise UserError(f"unexpected word {word!r}{did_you_mean(word, known)} At most one preset "
+                        "or command is read, and settings as --NAME=value.")
+    first = words[0] if words else "default"
+    settings = default_settings(**PRESETS.get(first, {}))
     for word in [word for word in arguments if word.startswith("-")]:
         name, equals, text = word.lstrip("-").partition("=")
         if not hasattr(settings, name):
             raise UserError(f"there is no setting {name!r}{did_you_mean(name, vars(settings))}")
         if not equals:
             raise UserError(f"{word} has no value; write --{name}=value.")
+        of = [command for command, names in COMMANDS.items() if name in names]
+        if first in COMMANDS and first not in of:
+            raise UserError(f"{first} does not read {name}; it reads {', '.join(COMMANDS[first])}.")
+        if first in PRESETS and name not in identity(vars(settings)) and name[-4:] != "_DIR":
+            raise UserError(f"{name} belongs to the command {of[0]}; write it after that word.")
         setattr(settings, name, read_value(name, text, getattr(settings, name)))
+        flags.append(name)
     check_settings(settings)
-    return preset, settings
+    return first, settings, flags
 
 
 def check_settings(s):
@@ -1060,14 +1393,23 @@ def run_folder(settings, preset, train_name):
     words = [f"{k}={v}" for k, v in identity(vars(settings)).items() if v != base[k]]
     digest = hashlib.blake2b(repr((train_name, sorted(identity(vars(settings)).items()))).encode(),
                              digest_size=3).hexdigest()
-    name = re.sub("[^A-Za-z0-9.=_-]", "_", "-".join([train_name, preset, *words])[:100])
-    folder = Path(settings.OUT_DIR, f"{name}-{digest}")
+    name = "-".join([train_name, preset, *words])
+    return make_folder(Path(settings.OUT_DIR, f"{plain(name)}-{digest}"))
+
+
+def plain(name):
+    """Return a name that every file system takes, of 100 characters at most."""
+    return re.sub("[^A-Za-z0-9.=_-]", "_", name[:100])
+
+
+def make_folder(folder):
+    """Make and return a folder that can be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".probe").write_text("")
         (folder / ".probe").unlink()
     except OSError as error:
-        raise UserError(f"can't write to OUT_DIR={settings.OUT_DIR}: {error}.") from error
+        raise UserError(f"can't write to {folder} (OUT_DIR says where): {error}.") from error
     return folder
 
 
@@ -1179,7 +1521,7 @@ def load_all(settings, device):
 
     Where "auto" can't have MNIST, rendered digits take its place, and a notice says so.
     """
-    notices, name = [],  "MNIST" if settings.TRAIN_DATASET == "auto" else settings.TRAIN_DATASET
+    notices, name = [], "MNIST" if settings.TRAIN_DATASET == "auto" else settings.TRAIN_DATASET
     try:
         whole = load_dataset(name, "train", settings, device)
     except DataUnavailable as error:
@@ -1197,6 +1539,11 @@ def load_all(settings, device):
     training = whole._replace(x=whole.x[:kept], y=whole.y[:kept])
     validation = whole._replace(x=whole.x[kept:], y=whole.y[kept:])
 
+    return training, validation, load_tests(name, settings, device, notices), notices
+
+
+def load_tests(name, settings, device, notices):
+    """Return the rows of the evaluation, {row: (Dataset, NUM_TASKS)}, after training on `name`."""
     unseen = {"RenderedDigits": "RenderedLetters", "FashionMNIST": "MNIST"}
     unseen = unseen.get(name, "FashionMNIST")
     wanted = [name, unseen] if settings.EVAL_DATASETS == "auto" else [
@@ -1215,7 +1562,7 @@ def load_all(settings, device):
         tests[dataset.name] = dataset, 0
     if not tests:
         raise UserError("EVAL_DATASETS names no data set; for example --EVAL_DATASETS=MNIST.")
-    return training, validation, tests, notices
+    return tests
 
 
 def announce(preset, settings, device, why, precision, data, model, folder, log):
@@ -1277,31 +1624,94 @@ def run(preset, settings):
         progress = meta_train(model, training, validation, settings, folder, precision, log)
     if rank:
         return None                                      # the rest is the first process's work
-    save_checkpoint(final, settings, model, progress=progress)
+    fit_temperature(model, validation, settings, precision)
+    save_checkpoint(final, settings, model, progress=progress, trained_on=training.name)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     shutil.copyfile(__file__, folder / Path(__file__).name)
     fast = speed(model, training, settings, progress, precision, log)
-    trained, data_sets = time.time(), {}
-    comparable = training.name == "MNIST" and settings.NUM_EXAMPLES == 100
+    return test_and_report(model, tests, settings, precision, folder, log, began, dict(
+        trained_on=training.name, preset=preset, processes=processes()[1],
+        steps=progress["step"], **fast, progress=progress["rows"]))
+
+
+def test_and_report(model, tests, settings, precision, folder, log, began, facts):
+    """Evaluate the model on all of `tests`, write the files of the run; return results.json."""
+    device, trained, data_sets = model.head.weight.device, time.time(), {}
+    comparable = facts["trained_on"] == "MNIST" and settings.NUM_EXAMPLES == 100
     for row, (dataset, num_tasks) in tests.items():
         data_sets[row] = dict(
             classes=dataset.classes, paper=PAPER.get(row, {}) if comparable else {},
+            calibration_error=calibration(model, dataset, settings, precision),
             curves=evaluate(model, dataset, settings, precision, num_tasks))
     results = dict(
-        trained_on=training.name, preset=preset, settings=vars(settings), data_sets=data_sets,
+        **facts, settings=vars(settings), data_sets=data_sets,
         context_lengths=context_lengths(settings), device=device.type, precision=precision,
-        machine=machine(device), processes=processes()[1], versions=dict(
+        machine=machine(device), versions=dict(
             python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-        parameters=sum(p.numel() for p in model.parameters()), steps=progress["step"], **fast,
-        progress=progress["rows"], evaluation_seconds=time.time() - trained)
+        parameters=sum(p.numel() for p in model.parameters()),
+        temperature=model.temperature.item(), evaluation_seconds=time.time() - trained)
     write_csv(folder / "curves.csv", results)
     plot(folder / "accuracy_by_examples.png", results)
     results["total_seconds"] = time.time() - began
-    with replacing(report) as temporary:                 # last: it marks the run as finished
+    with replacing(folder / "results.json") as temporary:      # last: it marks the run as finished
         temporary.write_text(json.dumps(results, indent=1))
     log(f"Finished after {results['total_seconds']:.0f} s in all.")
     log("\n".join(result_table(results)))
     return results
+
+
+def evaluate_checkpoint(settings, flags):
+    """Print and write the curves of a trained model on any data sets, without training."""
+    began, path = time.time(), newest_checkpoint(settings)
+    device, why = choose_device(settings.DEVICE)
+    precision = choose_precision(settings.PRECISION, device)
+    model, saved = load_model(path, device)
+    chosen = {name: getattr(settings, name) for name in
+              {"DEVICE", "PRECISION", "DATA_DIR", "OUT_DIR", "EVAL_DATASETS", *flags}}
+    settings = default_settings(**{**saved["settings"], **chosen})
+    check_settings(settings)
+    notices, name = [], saved.get("trained_on", "nothing")
+    tests = load_tests(name, settings, device, notices)
+    folder = make_folder(path.parent / plain("evaluation-" + "-".join(tests)))
+    log = log_to(folder / "log.txt")
+    for notice in notices:
+        log(notice)
+    log(f"Device      {device.type} ({why}), {precision}\n"
+        f"Model       {path}, meta-trained on {name}\n"
+        f"Data        {', '.join(tests)}\nRun folder  {folder}")
+    test_and_report(model, tests, settings, precision, folder, log, began,
+                    dict(trained_on=name, checkpoint=str(path)))
+
+
+def classify(settings):
+    """Label the rows of TEST_FILE by the examples of TRAIN_FILE; write PREDICTIONS_FILE."""
+    for name in ("TRAIN_FILE", "TEST_FILE"):
+        if not getattr(settings, name):
+            raise UserError(f"classify needs a {name}; add --{name}=path of a .csv or .npz file.")
+    path = newest_checkpoint(settings)
+    x, y = read_examples(settings.TRAIN_FILE, settings.LABEL_COLUMN)
+    rows, labels = read_examples(settings.TEST_FILE, settings.LABEL_COLUMN, x[0].size)
+    classifier = InContextClassifier(path, settings.N_ENSEMBLE, random_state=settings.SEED)
+    probabilities = classifier.fit(x, y).predict_proba(rows)
+    predicted = classifier.classes_[probabilities.argmax(1)]
+    try:
+        with replacing(Path(settings.PREDICTIONS_FILE)) as temporary, open(
+                temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["prediction", *(f"p({name})" for name in classifier.classes_)])
+            for name, row in zip(predicted, probabilities):
+                writer.writerow([name, *(f"{p:.4f}" for p in row)])
+    except OSError as error:
+        raise UserError(f"can't write PREDICTIONS_FILE={settings.PREDICTIONS_FILE}: {error}."
+                        ) from error
+    print(f"Model        {path}\nExamples     {len(x)} of {x[0].size} features, "
+          f"{len(classifier.classes_)} classes\nPredictions  {len(rows)} rows, in "
+          f"{settings.PREDICTIONS_FILE}")
+    if labels is not None:
+        right = (predicted == labels).sum()
+        low, high = interval(right, len(rows))
+        print(f"Accuracy     {100 * right / len(rows):.1f} % "
+              f"(95 % interval {100 * low:.1f} to {100 * high:.1f})")
 
 
 def main(arguments):
@@ -1312,9 +1722,14 @@ def main(arguments):
     socket.setdefaulttimeout(20)                         # for downloads from a silent network
     keep_freed_memory()
     try:
-        preset, settings = read_settings(arguments)
-        with joined_processes(settings):
-            run(preset, settings)
+        word, settings, flags = read_settings(arguments)
+        if word == "evaluate":
+            evaluate_checkpoint(settings, flags)
+        elif word == "classify":
+            classify(settings)
+        else:
+            with joined_processes(settings):
+                run(word, settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -80,7 +80,10 @@ def test_attention_equals_a_plain_loop(form, first, tiny):
     if attention.mixture is not None:
         torch.nn.init.normal_(attention.mixture)
     h, x = torch.randn(2, 6, 32), torch.randn(2, 6, 32)
-    found = attention(h, x, gpicl.image_cosines(x) if attention.mixture is not None else None)
+    compare = attention.mixture is not None
+    found = attention(h, gpicl.Surroundings(
+        x, 1, 1.0, gpicl.image_cosines(x, 1) if compare else None,
+        gpicl.causal_mask(6, 1, "cpu") if compare else None))
 
     def unit(v):
         return v / v.norm().clamp_min(1e-6)

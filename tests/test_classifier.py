@@ -1,0 +1,397 @@
+"""The in-context classifier, and the commands evaluate and classify."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, gpicl
+from hypothesis import HealthCheck, given, settings, strategies
+from sklearn.base import clone
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from test_model import FORMATS, lively_model
+
+InContextClassifier, UserError = gpicl.InContextClassifier, gpicl.UserError
+
+
+@pytest.fixture(scope="session")
+def model(blobs):
+    """Return a small model, meta-trained on the blobs for a few seconds."""
+    torch.manual_seed(0)
+    chosen = gpicl.default_settings(**{**TINY, "NUM_EXAMPLES": 30, "STEPS": 150, "BATCH_SIZE": 16,
+                                       "PROJECTION_SIZE": 64})
+    network = gpicl.InContextTransformer(chosen)
+    optimizers = gpicl.make_optimizers(network, chosen)
+    for step in range(chosen.STEPS):
+        x, y = gpicl.draw_sequences(blobs, chosen.BATCH_SIZE, chosen, ("classifier", step))
+        rate = gpicl.learning_rate(step, chosen)
+        gpicl.update(network, optimizers, x, y, rate, "fp32", 1.0)
+    return network
+
+
+@pytest.fixture(scope="session")
+def model_file(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "model.pt"
+    gpicl.save_checkpoint(path, model.settings, model, trained_on="blobs")
+    return path
+
+
+def table(n=90, classes=3, features=6, seed=0, spread=0.6):
+    """Return X, y of overlapping Gaussian classes whose features have very different scales."""
+    random = np.random.default_rng(seed)
+    y = random.integers(classes, size=n)
+    y[:classes] = range(classes)
+    X = random.normal(size=(classes, features))[y] + spread * random.normal(size=(n, features))
+    return X * 10.0 ** np.arange(features), y
+
+
+# ------------------------------------------------------------------------------ side by side
+@pytest.mark.parametrize("form", FORMATS)
+def test_queries_side_by_side_get_what_each_gets_alone(form, tiny):
+    network = lively_model(tiny(**form))
+    x, y = torch.randn(2, 12, 32), torch.randint(10, (2, 12))
+    together = network(x, y, queries=5)[:, 7:]
+    for i in range(5):
+        alone = network(torch.cat([x[:, :7], x[:, 7 + i:8 + i]], 1), y[:, :8])
+        assert torch.allclose(together[:, i], alone[:, 7], atol=1e-4)
+    other = torch.cat([y[:, :7], (y[:, 7:] + 1) % 10], 1)
+    assert torch.allclose(network(x, other, queries=5)[:, 7:], together, atol=1e-6)
+
+
+def test_scores_sharpen_beyond_the_trained_length_only(tiny):
+    network = lively_model(tiny(NUM_EXAMPLES=12))
+    x, y = torch.randn(1, 40, 32), torch.randint(10, (1, 40))
+    whole = network(x, y)
+    assert torch.allclose(whole[:, :12], network(x[:, :12], y[:, :12]), atol=1e-4)
+    assert torch.allclose(whole[:, :30], network(x[:, :30], y[:, :30]), atol=1e-4)  # causal
+    factors = gpicl.sharpness(40, 1, 11, "cpu")[:, 0]
+    assert (factors[:12] == 1).all()
+    assert factors[39].item() == pytest.approx(np.log(39) / np.log(11))
+
+
+# --------------------------------------------------------------------------------- predictions
+def test_it_learns_from_its_examples(model):
+    for seed in range(3):
+        X, y = table(300, seed=seed)
+        classifier = InContextClassifier(model).fit(X[:60], y[:60])
+        share = max(np.bincount(y[60:])) / 240
+        assert classifier.score(X[60:], y[60:]) > share + 0.2
+
+
+def test_probabilities_sum_to_one_and_name_the_classes(model):
+    X, y = table()
+    names = np.array(["ape", "bee", "cat"])[y]
+    classifier = InContextClassifier(model).fit(X[:40], names[:40])
+    p = classifier.predict_proba(X[40:])
+    assert p.shape == (50, 3) and np.allclose(p.sum(1), 1, atol=1e-5)
+    assert list(classifier.classes_) == ["ape", "bee", "cat"]
+    assert (classifier.predict(X[40:]) == classifier.classes_[p.argmax(1)]).all()
+
+
+def test_the_same_seed_gives_the_same_and_another_seed_something_else(model):
+    X, y = table()
+    one, same, other = (InContextClassifier(model, n_ensemble=2, random_state=seed).fit(
+        X[:40], y[:40]).predict_proba(X[40:]) for seed in (0, 0, 1))
+    assert (one == same).all() and (one != other).any()
+
+
+def test_order_and_number_of_test_rows_change_nothing(model, monkeypatch):
+    X, y = table()
+    classifier = InContextClassifier(model, n_ensemble=2).fit(X[:40], y[:40])
+    whole = classifier.predict_proba(X[40:])
+    assert np.allclose(classifier.predict_proba(X[40:][::-1])[::-1], whole, atol=1e-5)
+    assert np.allclose(classifier.predict_proba(X[47:48]), whole[7:8], atol=1e-5)
+    monkeypatch.setattr(gpicl, "QUERIES", 7)
+    assert np.allclose(classifier.predict_proba(X[40:]), whole, atol=1e-5)
+
+
+def test_other_names_for_the_classes_change_only_names(model):
+    X, y = table()
+    names = np.array(["zebra", "ape", "mouse"])
+    numbers = InContextClassifier(model).fit(X[:40], y[:40]).predict(X[40:])
+    words = InContextClassifier(model).fit(X[:40], names[y[:40]]).predict(X[40:])
+    assert (names[numbers] == words).all()
+
+
+def test_order_of_the_features_matters_no_more_than_chance_does(model):
+    rates = []
+    for seed in range(6):
+        X, y = table(300, seed=seed)
+        order = np.random.default_rng(seed).permutation(X.shape[1])
+        rates.append([InContextClassifier(model).fit(Z[:60], y[:60]).score(Z[60:], y[60:])
+                      for Z in (X, X[:, order])])
+    gaps = np.diff(rates)[:, 0]
+    assert abs(gaps.mean()) < 0.02 + 3 * gaps.std() / len(gaps)**0.5 and abs(gaps).max() < 0.15
+
+
+def test_the_scales_of_a_table_do_not_matter_and_images_keep_theirs(model):
+    X, y = table()
+    one, other = (InContextClassifier(model, scaling="columns").fit(Z[:40], y[:40])
+                  .predict_proba(Z[40:]) for Z in (X, 3 + X * np.array([7, 1, 1e-3, 1, 1e4, 1])))
+    assert np.allclose(one, other, atol=1e-3)
+    assert InContextClassifier(model).fit(X, y).scale_[0].shape == (6,)       # found: a table
+    images = np.random.default_rng(0).normal(size=(20, 4, 4, 3))
+    images[:, 0] = 0                                     # a border stays a border
+    classifier = InContextClassifier(model).fit(images, np.arange(20) % 2)
+    assert classifier.scale_[0].ndim == 0 and classifier.predict(images).shape == (20,)
+
+
+@pytest.mark.parametrize("n", [2, 5, 29, 30, 120])
+def test_few_and_many_and_unbalanced_examples(model, n):
+    X, y = table(200, classes=2)
+    y[2:] = 0
+    y[:2] = 0, 1                                         # a class with one example
+    p = InContextClassifier(model, n_ensemble=1).fit(X[:n], y[:n]).predict_proba(X[120:])
+    assert p.shape == (80, 2) and np.isfinite(p).all()
+
+
+def test_more_examples_help_beyond_the_trained_length(model):
+    """Trained on 29 examples; 200 must do better than 29, over several tables."""
+    gains = []
+    for seed in range(5):
+        X, y = table(500, classes=5, seed=seed, spread=1.0)
+        few, many = (InContextClassifier(model).fit(X[:n], y[:n]).score(X[200:], y[200:])
+                     for n in (29, 200))
+        gains.append(many - few)
+    assert np.mean(gains) > 0.02
+
+
+def test_contexts_beyond_the_longest_are_sampled(model, monkeypatch):
+    monkeypatch.setattr(gpicl, "MAX_CONTEXT", 20)
+    X, y = table()
+    p = InContextClassifier(model, n_ensemble=3).fit(X[:70], y[:70]).predict_proba(X[70:])
+    assert np.allclose(p.sum(1), 1, atol=1e-5)
+
+
+labels = {"numbers": lambda y: y, "words": lambda y: np.array([f"class {c}" for c in y]),
+          "truth": lambda y: y % 2 == 0, "floats": lambda y: y / 2, "objects": lambda y: np.array(
+              [f"{c}" for c in y], object), "list": lambda y: [int(c) for c in y]}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(n=strategies.integers(1, 40), shape=strategies.lists(strategies.integers(0, 5), max_size=3),
+       kind=strategies.sampled_from(sorted(labels)), classes=strategies.integers(1, 12),
+       dtype=strategies.sampled_from(["float64", "float32", "float16", "int8", "uint8", "bool",
+                                      "int64", "complex64", "U3", "tensor", "bfloat16", "list"]),
+       scale=strategies.sampled_from([0.0, 1e-30, 1.0, 1e20, 1e200, np.nan, np.inf]),
+       seed=strategies.integers(0, 99))
+def test_anything_is_classified_or_refused_in_one_sentence(model, n, shape, kind, classes, dtype,
+                                                           scale, seed):
+    random = np.random.default_rng(seed)
+    with np.errstate(all="ignore"):
+        X = random.normal(size=(n, *shape)) * scale
+        y = labels[kind](random.integers(classes, size=n))
+        if dtype in ("tensor", "bfloat16"):
+            X = torch.from_numpy(X).to(torch.bfloat16 if dtype == "bfloat16" else torch.float64)
+        else:
+            X = X.tolist() if dtype == "list" else np.nan_to_num(X).astype(dtype) if (
+                dtype in ("int8", "uint8", "int64")) else X.astype(dtype)
+    try:
+        classifier = InContextClassifier(model, n_ensemble=1).fit(X, y)
+    except UserError as error:
+        assert len(str(error)) > 20 and "\n" not in str(error)
+        return
+    p = classifier.predict_proba(X)
+    assert np.allclose(p.sum(1), 1, atol=1e-4) and set(classifier.predict(X)) <= set(np.unique(y))
+
+
+# ---------------------------------------------------------------------- scikit-learn's conventions
+def test_it_works_inside_scikit_learn(model):
+    X, y = table(120)
+    classifier = InContextClassifier(model, n_ensemble=2)
+    assert cross_val_score(classifier, X, y, cv=3).mean() > 0.5
+    assert cross_val_score(make_pipeline(StandardScaler(), classifier), X, y, cv=3).mean() > 0.5
+    copy = clone(classifier).set_params(random_state=5)
+    assert copy.get_params()["random_state"] == 5 and classifier.random_state == 0
+    assert copy.fit(X, y).n_features_in_ == 6
+    with pytest.raises(UserError, match="did you mean n_ensemble"):
+        classifier.set_params(n_ensembel=3)
+
+
+def test_saved_and_loaded_it_predicts_the_same(model_file, tmp_path):
+    X, y = table()
+    names = np.array(["ape", "bee", "cat"])[y]
+    classifier = InContextClassifier(str(model_file), n_ensemble=2).fit(X[:40], names[:40])
+    classifier.save(tmp_path / "classifier.pt")
+    loaded = InContextClassifier.load(tmp_path / "classifier.pt")
+    assert (loaded.predict_proba(X[40:]) == classifier.predict_proba(X[40:])).all()
+    assert (loaded.classes_ == classifier.classes_).all()
+    with pytest.raises(UserError, match="holds a model, but no classifier"):
+        InContextClassifier.load(model_file)
+
+
+@pytest.mark.parametrize("X, y, words", [
+    (np.zeros((0, 3)), [], "at least one row"),
+    (np.eye(3), [0, 1], "expected one label per row"),
+    (np.eye(12), range(12), "12 classes; this model tells 2 to 10 classes apart"),
+    (np.eye(3), [1, 1, 1], "1 classes"),
+    (np.array([[1, np.nan], [2, 3]]), [0, 1], "none of them NaN"),
+    ([["red", 1], ["blue", 2]], [0, 1], "can't be read as an array of numbers"),
+    ([[1, 2], [1]], [0, 1], "can't be read as an array of numbers"),
+    (5, [0, 1], "at least one row"),
+])
+def test_bad_examples_are_refused(model, X, y, words):
+    with pytest.raises(UserError, match=words):
+        InContextClassifier(model).fit(X, y)
+
+
+def test_bad_use_is_refused(model, tmp_path):
+    X, y = table()
+    with pytest.raises(UserError, match="has no examples yet"):
+        InContextClassifier(model).predict(X)
+    with pytest.raises(UserError, match="has no examples yet"):
+        InContextClassifier(model).save(tmp_path / "c.pt")
+    with pytest.raises(UserError, match="X has 5 features; the examples have 6"):
+        InContextClassifier(model).fit(X, y).predict(X[:, :5])
+    with pytest.raises(UserError, match="expected shared, columns, auto"):
+        InContextClassifier(model, scaling="wide").fit(X, y)
+    with pytest.raises(UserError, match="n_ensemble is 0"):
+        InContextClassifier(model, n_ensemble=0).fit(X, y)
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        InContextClassifier("nowhere/model.pt").fit(X, y)
+    paper = gpicl.InContextTransformer(gpicl.default_settings(**TINY, TOKEN_FORMAT="paper"))
+    with pytest.raises(UserError, match="TOKEN_FORMAT=paper .* at most 11 examples"):
+        InContextClassifier(paper).fit(X, y)
+
+
+# --------------------------------------------------------------------------------- calibration
+def test_calibration_error_against_a_plain_loop():
+    p = torch.rand(500, 4).softmax(1)
+    y = torch.randint(4, (500,))
+    confidence, right = p.max(1).values.numpy(), (p.argmax(1) == y).numpy()
+    expected = 0
+    for b in range(15):
+        inside = (confidence >= b / 15) & (confidence < (b + 1) / 15)
+        if inside.any():
+            expected += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
+    assert gpicl.calibration_error(p, y) == pytest.approx(expected, abs=1e-6)
+    sure = torch.eye(4)[y]
+    assert gpicl.calibration_error(sure, y) == 0 and gpicl.calibration_error(1 - sure, y) > 0.9
+
+
+class Overconfident(torch.nn.Module):
+    """Gives the right class a probability of 0.7 in truth, but says more: logits times three."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("temperature", torch.ones(()))
+
+    def forward(self, x, y):
+        g = torch.Generator().manual_seed(int(y.sum()))
+        told = torch.where(torch.rand(y.shape, generator=g) < 0.7, y, (y + 1) % 10)
+        truth = torch.full((*y.shape, 10), 0.3 / 9)
+        return 3 * truth.scatter(-1, told[..., None], 0.7).log()
+
+
+def test_the_fitted_temperature_mends_overconfidence(blobs, tiny):
+    network, chosen = Overconfident(), tiny(ROW_SEQUENCES=1024, EVAL_SEQUENCES=4096)
+    gpicl.fit_temperature(network, blobs, chosen, "fp32")
+    assert 2 < network.temperature.item() <= 3.2
+    found = gpicl.calibration(network, blobs, chosen, "fp32")
+    assert found["fitted"] < 0.1 < found["raw"]
+
+
+# ------------------------------------------------------------------------------------ commands
+@pytest.fixture
+def fails(capsys):
+    def check(*arguments):
+        assert gpicl.main([str(word) for word in arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+    return check
+
+
+def write(path, rows, separator=","):
+    path.write_text("".join(separator.join(map(str, row)) + "\n" for row in rows))
+    return path
+
+
+def test_classify_from_csv_files(model_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    X, y = table()
+    names = np.array(["ape", "bee", "cat"])[y]
+    rows = [[*x, name] for x, name in zip(X, names)]
+    header = [*"abcdef", "kind"]
+    train = write(tmp_path / "train.csv", [header, *rows[:40]])
+    test = write(tmp_path / "test.csv", [header, *rows[40:]])
+    command = ["classify", f"--CHECKPOINT={model_file}", f"--TRAIN_FILE={train}"]
+    assert gpicl.main([*command, f"--TEST_FILE={test}"]) == 0
+    printed = capsys.readouterr().out
+    expected = InContextClassifier(model_file).fit(X[:40], names[:40])
+    assert "40 of 6 features, 3 classes" in printed
+    assert f"{100 * expected.score(X[40:], names[40:]):.1f} %" in printed
+    with open("predictions.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["prediction"] for row in found] == list(expected.predict(X[40:]))
+    assert abs(sum(float(found[0][f"p({name})"]) for name in ("ape", "bee", "cat")) - 1) < 1e-3
+
+    # other layouts of the same data: labels first, by name or number; semicolons; no labels
+    first = write(tmp_path / "first.csv", [["kind", *"abcdef"], *([r[-1], *r[:-1]] for r in rows[:40])],
+                  ";")
+    bare = write(tmp_path / "bare.csv", [list(x) for x in X[40:]])
+    for column in ("kind", "1"):
+        assert gpicl.main(["classify", f"--CHECKPOINT={model_file}", f"--TRAIN_FILE={first}",
+                           f"--TEST_FILE={bare}", f"--LABEL_COLUMN={column}",
+                           "--PREDICTIONS_FILE=again.csv"]) == 0
+        assert "Accuracy" not in capsys.readouterr().out
+        assert open("again.csv").read() == open("predictions.csv").read()
+
+    np.savez(tmp_path / "train.npz", x=X[:40], y=names[:40])
+    np.savez(tmp_path / "test.npz", x=X[40:])
+    assert gpicl.main(["classify", f"--CHECKPOINT={model_file}", "--TRAIN_FILE=train.npz",
+                       "--TEST_FILE=test.npz", "--PREDICTIONS_FILE=again.csv"]) == 0
+    assert open("again.csv").read() == open("predictions.csv").read()
+
+
+def test_classify_says_what_is_wrong(model_file, tmp_path, fails):
+    good = write(tmp_path / "good.csv", [[1, 2, "a"], [3, 4, "b"], [5, 6, "a"]])
+    command = ["classify", f"--CHECKPOINT={model_file}"]
+    assert "needs a TRAIN_FILE" in fails(*command)
+    assert "needs a TEST_FILE" in fails(*command, f"--TRAIN_FILE={good}")
+    for name, rows, words in (
+            ("word", [[1, "red", "a"], [3, "blue", "b"], [3, "x", "b"]], "'blue' in line 2 is not"),
+            ("hole", [[1, 2, "a"], [3, "", "b"]], "'' in line 2 is not a number"),
+            ("nan", [[1, 2, "a"], [3, "nan", "b"]], "none of them NaN"),
+            ("ragged", [[1, 2, "a"], [3, "b"]], "lines of equally many values"),
+            ("empty", [], "lines of equally many values"),
+            ("narrow", [[1], [2]], "has 1 columns; expected 2")):
+        bad = write(tmp_path / f"{name}.csv", rows)
+        flag = "TEST_FILE" if name == "narrow" else "TRAIN_FILE"
+        other = "TRAIN_FILE" if name == "narrow" else "TEST_FILE"
+        assert words in fails(*command, f"--{flag}={bad}", f"--{other}={good}")
+    both = [*command, f"--TRAIN_FILE={good}", f"--TEST_FILE={good}"]
+    assert "no column 'kind'" in fails(*both, "--LABEL_COLUMN=kind")
+    assert "no column '9'" in fails(*both, "--LABEL_COLUMN=9")
+    assert "can't read" in fails(*command, "--TRAIN_FILE=nowhere.csv", f"--TEST_FILE={good}")
+    assert "can't write PREDICTIONS_FILE" in fails(*both, f"--PREDICTIONS_FILE={tmp_path}/no/p.csv")
+    assert "classify does not read STEPS" in fails(*both, "--STEPS=3")
+    assert "TRAIN_FILE belongs to the command classify" in fails(f"--TRAIN_FILE={good}")
+    assert "there is no model.pt in OUT_DIR" in fails(
+        "classify", *both[2:], f"--OUT_DIR={tmp_path}/none")
+
+
+def test_evaluate_gives_the_curves_of_training_again_and_of_other_data(tiny_flags, tmp_path, capsys,
+                                                                       fails):
+    assert gpicl.main(tiny_flags(AVERAGED_PASSES=2)) == 0
+    capsys.readouterr()
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "wide.npz", x=random.normal(size=(60, 3, 9)), y=np.arange(60) % 4)
+    blobs = tmp_path / "blobs.npz"
+    command = ["evaluate", f"--OUT_DIR={tmp_path}/runs"]
+    assert gpicl.main([*command, f"--EVAL_DATASETS={blobs},{tmp_path}/wide.npz"]) == 0
+    printed = capsys.readouterr().out
+    assert "blobs@11: " in printed and "wide@11: " in printed
+    trained, = (tmp_path / "runs").glob("*/results.json")
+    again, = (tmp_path / "runs").glob("*/evaluation-blobs-wide/results.json")
+    again = json.loads(again.read_text())
+    assert set(again["data_sets"]) == {"blobs", "wide"} and again["trained_on"] == "blobs"
+    assert again["settings"]["AVERAGED_PASSES"] == 2     # as in training
+    assert json.loads(trained.read_text())["settings"]["STEPS"] == again["settings"]["STEPS"]
+    assert gpicl.main([*command, f"--EVAL_DATASETS={blobs}", "--NUM_EXAMPLES=20"]) == 0
+    assert "blobs@19: " in capsys.readouterr().out       # longer than it was trained
+    assert "evaluate does not read STEPS" in fails(*command, "--STEPS=3")
+    assert "there is no checkpoint" in fails("evaluate", "--CHECKPOINT=nowhere.pt")
