@@ -716,9 +716,10 @@ class InContextClassifier:
     model            path of a model.pt, or an InContextTransformer
     n_ensemble       passes whose probabilities are averaged, each with a random projection, label
                      permutation and order of the examples of its own
-    scaling          "shared": one mean and one scale for all features (pixels); "columns": each its
-                     own (tables); "auto": shared for X of more than two dimensions, else the one
-                     with which more examples are of their nearest neighbour's class
+    scaling          "shared": all features have one mean and one scale (images), "centred": each has
+                     its own mean, "columns": its own mean and scale (tables). "auto": shared for X
+                     of more than two dimensions; else columns, or centred where the features'
+                     spreads are alike and more examples are then of their neighbour's class
     temperature      divides the logits; None: the one fitted after meta-training
     random_state     seed of everything that is random
 
@@ -752,9 +753,8 @@ class InContextClassifier:
         if y.shape != (len(x),):
             raise UserError(f"X has {len(x)} rows and y has shape {y.shape}; expected one label "
                             "per row.")
-        kinds = dict(shared=["shared"], columns=["columns"], auto=["columns", "shared"])
-        if self.scaling not in kinds:
-            raise UserError(f"scaling is {self.scaling!r}; expected {', '.join(kinds)}.")
+        if self.scaling not in ("auto", "shared", "centred", "columns"):
+            raise UserError(f"scaling is {self.scaling!r}; expected auto, shared, centred or columns.")
         self.classes_, first, numbers = class_numbers(y, "y")
         self.network_ = self.model
         if not isinstance(self.model, nn.Module):
@@ -769,10 +769,15 @@ class InContextClassifier:
         self.slots_ = torch.as_tensor(first.argsort().argsort())
         self.labels_ = self.slots_[torch.as_tensor(numbers)]
         self.examples_, self.n_features_in_ = (x, y), x.shape[1]
-        kinds = ["shared"] if np.ndim(X) > 2 and self.scaling == "auto" else kinds[self.scaling]
-        scales = [(x.mean(), x.std(correction=0)) if kind == "shared" else
-                  (x.mean(0), x.std(0, correction=0)) for kind in kinds]
-        self.scale_ = max(scales, key=lambda scale: neighbours_agree(scaled(x, *scale), numbers))
+        mean, spread = x.mean(0), x.std(0, correction=0)
+        scales = dict(shared=(x.mean(), x.std(correction=0)), columns=(mean, spread),
+                      centred=(mean, spread.square().mean().sqrt()))
+        kinds = [self.scaling]
+        if self.scaling == "auto":
+            alike = spread.max() <= 10 * spread[spread > 0].median() if spread.any() else True
+            kinds = ["shared"] if np.ndim(X) > 2 else ["centred", "columns"] if alike else ["columns"]
+        self.scale_ = max([scales[kind] for kind in kinds],
+                          key=lambda scale: neighbours_agree(scaled(x, *scale), numbers))
         return self
 
     @torch.no_grad()

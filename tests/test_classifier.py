@@ -246,7 +246,7 @@ def test_bad_use_is_refused(model, tmp_path):
         InContextClassifier(model).save(tmp_path / "c.pt")
     with pytest.raises(UserError, match="X has 5 features; the examples have 6"):
         InContextClassifier(model).fit(X, y).predict(X[:, :5])
-    with pytest.raises(UserError, match="expected shared, columns, auto"):
+    with pytest.raises(UserError, match="expected auto, shared, centred"):
         InContextClassifier(model, scaling="wide").fit(X, y)
     with pytest.raises(UserError, match="n_ensemble is 0"):
         InContextClassifier(model, n_ensemble=0).fit(X, y)
