@@ -133,7 +133,7 @@ C = 10                                               # classes that the model te
 EVAL_BATCH = 64                                      # sequences that are tested at once
 QUERIES = 200                                        # rows that are classified at once
 MAX_CONTEXT = 2000                                   # of more examples, each pass sees a sample
-OFFSET = 0.6                                         # constant feature, against the others' length
+OFFSET = 3.0                                         # constant feature, where the others have std 1
 MIXTURE_SCALE = 10.0                                 # makes Adam's steps fit the image mixtures
 FORMAT = "gpicl-1"                                   # of checkpoints
 CHOICES = dict(DEVICE=("auto", "cuda", "mps", "cpu"), PRECISION=("auto", "bf16", "fp32"),
@@ -705,7 +705,7 @@ def calibration(model, dataset, settings, precision):
 
 def context_lengths(settings):
     """Return the columns of the printed tables: the last is the longest context there is."""
-    return [n for n in (0, 1, 2, 5, 10, 20, 50) if n < settings.NUM_EXAMPLES - 1] + [
+    return [n for n in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500) if n < settings.NUM_EXAMPLES - 1] + [
         settings.NUM_EXAMPLES - 1]
 
 
@@ -854,7 +854,7 @@ def as_rows(X):
 def scaled(x, mean, scale):
     """Return rows x scaled, with one constant feature more: so that angles tell distances too."""
     x = ((x - mean) / torch.where(scale > 0, scale, 1)).clamp(-1e4, 1e4).float()
-    return F.pad(x, (0, 1), value=OFFSET * x.shape[1]**0.5)
+    return F.pad(x, (0, 1), value=OFFSET)
 
 
 def neighbours_agree(x, labels, most=2000):
