@@ -194,21 +194,27 @@ def cholesky(matrix):
     return lower
 
 
-def inner_products(images):
-    """Return (B, T, T): the inner products of each sequence's images (B, T, N), divided by N."""
-    return images @ images.mT / images.shape[-1]
+def span(images):
+    """Return coordinates (B, T, n) of each sequence's images (B, T, N), with X X'/N for products.
+
+    Few images span little: then n = T, and T numbers say of each what N pixels did. For many images
+    (a nearly singular matrix of products) n = N.
+    """
+    if 4 * images.shape[1] > images.shape[2]:
+        return images / images.shape[2]**0.5
+    return cholesky(images @ images.mT / images.shape[2])
 
 
-def project_afresh(lower, settings, generator):
-    """Return (B, T, P): the images of each sequence under a fresh A of its own.
+def project_afresh(coordinates, settings, generator):
+    """Return (B, T, P): the images with these coordinates under a fresh A for each sequence.
 
     A is drawn only where the images look. For A_ij ~ N(0, 1/N), each row of A gives T numbers whose
-    covariance is the Gram matrix X X'/N; so they are L z with `lower` L L' = X X'/N, z ~ N(0, 1):
-    T normal numbers in place of N, and exactly the same distribution.
+    covariance is X X'/N. So are those of `coordinates` times normal numbers: n of them in place of
+    N, and exactly the same distribution.
     """
-    noise = torch.randn(*lower.shape[:2], settings.PROJECTION_SIZE, generator=generator,
-                        device=lower.device)
-    return lower @ noise
+    noise = torch.randn(len(coordinates), coordinates.shape[2], settings.PROJECTION_SIZE,
+                        generator=generator, device=coordinates.device)
+    return coordinates @ noise
 
 
 def draw_images(dataset, n_sequences, length, generator):
@@ -239,7 +245,7 @@ def draw_sequences(dataset, n_sequences, settings, key, num_tasks=0, biased_frac
         x = torch.stack([image @ projection.T for image, (projection, _) in zip(images, tasks)])
         rho = torch.stack([permutation for _, permutation in tasks])
     else:
-        x = project_afresh(cholesky(inner_products(images)), settings, generator)
+        x = project_afresh(span(images), settings, generator)
         rho = torch.rand(n_sequences, C, generator=generator, device=device).argsort(1)
     rho[:round(biased_fraction * n_sequences)] = torch.arange(C, device=device)
     return x, rho.gather(1, labels)
@@ -631,14 +637,14 @@ def count_averaged_hits(model, dataset, n_sequences, settings, precision):
     for start in range(0, n_sequences, EVAL_BATCH):
         n, key = min(EVAL_BATCH, n_sequences - start), ("meta-test", dataset.name, start)
         chosen = draw_images(dataset, n, T, stream(device, *key))
-        lower, y = cholesky(inner_products(dataset.x[chosen])), dataset.y[chosen]
+        coordinates, y = span(dataset.x[chosen]), dataset.y[chosen]
         total = torch.zeros(n, C, device=device)
         for i in range(settings.AVERAGED_PASSES):
             generator = stream(device, *key, "pass", i)
             order = torch.rand(n, T, generator=generator, device=device)
             order[:, -1] = 1                             # the query stays the last
             order = order.argsort(1)
-            x = project_afresh(lower.take_along_dim(order[..., None], 1), settings, generator)
+            x = project_afresh(coordinates.take_along_dim(order[..., None], 1), settings, generator)
             rho = torch.rand(n, C, generator=generator, device=device).argsort(1)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = model(x, rho.gather(1, y.gather(1, order)))[:, -1]
@@ -716,9 +722,9 @@ class InContextClassifier:
     model            path of a model.pt, or an InContextTransformer
     n_ensemble       passes whose probabilities are averaged, each with a random projection, label
                      permutation and order of the examples of its own
-    scaling          "shared": all features have one mean and one scale (images), "centred": each has
-                     its own mean, "columns": its own mean and scale (tables). "auto": shared for X
-                     of more than two dimensions; else columns, or centred where the features'
+    scaling          "shared": one mean and one scale for all features (images); "centred": a mean
+                     of its own for each; "columns": a mean and a scale for each (tables); "auto":
+                     shared for X of more than two dimensions, else columns, or centred where the
                      spreads are alike and more examples are then of their neighbour's class
     temperature      divides the logits; None: the one fitted after meta-training
     random_state     seed of everything that is random
@@ -754,7 +760,8 @@ class InContextClassifier:
             raise UserError(f"X has {len(x)} rows and y has shape {y.shape}; expected one label "
                             "per row.")
         if self.scaling not in ("auto", "shared", "centred", "columns"):
-            raise UserError(f"scaling is {self.scaling!r}; expected auto, shared, centred or columns.")
+            raise UserError(f"scaling is {self.scaling!r}; expected auto, shared, centred or "
+                            "columns.")
         self.classes_, first, numbers = class_numbers(y, "y")
         self.network_ = self.model
         if not isinstance(self.model, nn.Module):
@@ -775,7 +782,8 @@ class InContextClassifier:
         kinds = [self.scaling]
         if self.scaling == "auto":
             alike = spread.max() <= 10 * spread[spread > 0].median() if spread.any() else True
-            kinds = ["shared"] if np.ndim(X) > 2 else ["centred", "columns"] if alike else ["columns"]
+            tabular = ["centred", "columns"] if alike else ["columns"]
+            kinds = ["shared"] if np.ndim(X) > 2 else tabular
         self.scale_ = max([scales[kind] for kind in kinds],
                           key=lambda scale: neighbours_agree(scaled(x, *scale), numbers))
         return self

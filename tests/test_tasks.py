@@ -26,8 +26,9 @@ def test_fresh_projection_has_the_law_of_the_full_one():
     images = torch.randn(1, 5, 50, generator=generator)
     images[0, 3] = images[0, 0]                          # the same image twice: singular Gram
     expected = images[0] @ images[0].T / 50
-    lower = gpicl.cholesky(gpicl.inner_products(images)).expand(20000, -1, -1)
-    x = gpicl.project_afresh(lower, gpicl.default_settings(PROJECTION_SIZE=2), generator)
+    coordinates = gpicl.span(images).expand(20000, -1, -1)
+    assert coordinates.shape[2] == 5                     # not 50
+    x = gpicl.project_afresh(coordinates, gpicl.default_settings(PROJECTION_SIZE=2), generator)
     found = torch.einsum("bip,bjq->pqij", x, x) / len(x)
     assert torch.allclose(found[0, 0], expected, atol=0.05)
     assert torch.allclose(found[1, 1], expected, atol=0.05)
@@ -38,9 +39,18 @@ def test_fresh_projection_has_the_law_of_the_full_one():
 
 
 def test_every_sequence_gets_a_projection_of_its_own(blobs, tiny):
-    lower = gpicl.cholesky(gpicl.inner_products(blobs.x[:12].expand(2, -1, -1)))
-    x = gpicl.project_afresh(lower, tiny(), torch.Generator().manual_seed(0))
+    x = gpicl.project_afresh(gpicl.span(blobs.x[:12].expand(2, -1, -1)), tiny(), torch.Generator().manual_seed(0))
     assert not torch.allclose(x[0], x[1], atol=0.1)
+
+
+@pytest.mark.parametrize("length", [5, 12, 13, 40, 80])
+def test_coordinates_keep_the_inner_products(length):
+    """Few images or many, even more than there are pixels, or pixels that say nothing."""
+    images = torch.randn(2, length, 50, generator=torch.Generator().manual_seed(0))
+    images[:, :, 40:] = 0
+    coordinates = gpicl.span(images)
+    assert coordinates.shape[2] <= 50
+    assert torch.allclose(coordinates @ coordinates.mT, images @ images.mT / 50, atol=1e-4)
 
 
 def test_cholesky_matches_torch():
