@@ -925,6 +925,7 @@ def torchvision_arrays(name, train, folder):
         raise UserError(f"data set {name!r} is neither a torchvision data set nor an .npz file"
                         + (f"; did you mean {near[0]}?" if near else "."))
     make = getattr(datasets, name)
+    place = Path(folder, name, "raw") if hasattr(make, "raw_folder") else Path(folder)
     arguments = make.__init__.__code__.co_varnames
     split = dict(train=train) if "train" in arguments else dict(split="train" if train else "test")
     try:
@@ -936,10 +937,10 @@ def torchvision_arrays(name, train, folder):
         words = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) or re.search("download|not found", words):
             raise DataUnavailable(
-                f"{name} can't be had: it is not in {Path(folder, name)} and could not be "
+                f"{name} can't be had: it is not in {place} and could not be "
                 f"downloaded ({words}); put its files there.") from error
-        raise UserError(f"{name} in {Path(folder, name)} is damaged ({words}); delete that folder "
-                        "and run again to get it afresh.") from error
+        raise UserError(f"{name} in {place} is damaged ({words}); delete its files and run again "
+                        "to get them afresh.") from error
     except (ModuleNotFoundError, TypeError) as error:
         raise UserError(f"torchvision can't load {name} here: {error}.") from error
     labels = data.targets if hasattr(data, "targets") else data.labels

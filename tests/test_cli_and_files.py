@@ -166,12 +166,12 @@ def test_a_damaged_mnist_is_named(tiny_flags, fails, tmp_path, monkeypatch):
         for kind in ("images-idx3", "labels-idx1"):
             (raw / f"{part}-{kind}-ubyte").write_bytes(b"\0\0\x08\x03 not the whole file")
     for name in ("MNIST", "auto"):
-        assert "delete that folder" in fails(tiny_flags(TRAIN_DATASET=name))
+        assert "delete its files" in fails(tiny_flags(TRAIN_DATASET=name))
     for file in raw.iterdir():
         with gzip.open(file.with_name(file.name + ".gz"), "w") as zipped:
             zipped.write(b"x")
         file.write_bytes(b"")
-    assert "delete that folder" in fails(tiny_flags(TRAIN_DATASET="MNIST"))
+    assert "delete its files" in fails(tiny_flags(TRAIN_DATASET="MNIST"))
 
 
 def test_torchvision_of_another_build_gets_a_clear_sentence(tiny_flags, fails, monkeypatch):
