@@ -452,15 +452,19 @@ def learning_rate(step, settings):
     return settings.LEARNING_RATE * min(1.0, warm_up, decay)
 
 
+def logits_of(model, x, y, precision):
+    """Return the model's logits (B, T, C) as fp32, computed in "bf16" or "fp32"."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return model(x, y).float()
+
+
 def update(model, optimizers, x, y, rate, precision, clip):
     """Make one step on sequences x (B, T, P), y (B, T); return the loss and the gradient's norm.
 
     The loss is the mean cross-entropy (nats) of every prediction, so of every prefix (Eq. 2). Where
     it or the gradient is not finite the model stays as it was.
     """
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        logits = model(x, y)
-    loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
+    loss = F.cross_entropy(logits_of(model, x, y, precision).flatten(0, 1), y.flatten())
     loss.backward()
     size = nn.utils.clip_grad_norm_(model.parameters(), clip)
     loss, size = loss.item(), size.item()
@@ -603,8 +607,7 @@ def evaluation_batches(dataset, n_sequences, settings, num_tasks=0):
 @torch.no_grad()
 def predict(model, x, y, precision):
     """Return (B, T): the predicted class of every example, each from the examples before it."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return model(x, y).argmax(-1)
+    return logits_of(model, x, y, precision).argmax(-1)
 
 
 def count_hits(model, dataset, n_sequences, settings, precision, num_tasks=0, lengths=()):
@@ -646,9 +649,8 @@ def count_averaged_hits(model, dataset, n_sequences, settings, precision):
             order = order.argsort(1)
             x = project_afresh(coordinates.take_along_dim(order[..., None], 1), settings, generator)
             rho = torch.rand(n, C, generator=generator, device=device).argsort(1)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = model(x, rho.gather(1, y.gather(1, order)))[:, -1]
-            total += logits.float().softmax(-1).gather(1, rho)
+            logits = logits_of(model, x, rho.gather(1, y.gather(1, order)), precision)[:, -1]
+            total += logits.softmax(-1).gather(1, rho)
         hits += (total.argmax(-1) == y[:, -1]).sum().item()
     return hits
 
@@ -676,12 +678,9 @@ def evaluate(model, dataset, settings, precision, num_tasks=0):
 @torch.no_grad()
 def last_logits(model, dataset, n_sequences, settings, precision):
     """Return logits (n, C) and labels (n,) of the last examples of so many meta-test sequences."""
-    logits, labels = [], []
-    for x, y in evaluation_batches(dataset, n_sequences, settings):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits.append(model(x, y)[:, -1].float().cpu())
-        labels.append(y[:, -1].cpu())
-    return torch.cat(logits), torch.cat(labels)
+    pairs = [(logits_of(model, x, y, precision)[:, -1].cpu(), y[:, -1].cpu())
+             for x, y in evaluation_batches(dataset, n_sequences, settings)]
+    return tuple(torch.cat(part) for part in zip(*pairs))
 
 
 def fit_temperature(model, validation, settings, precision):
@@ -704,7 +703,8 @@ def calibration_error(probabilities, y, bins=15):
 
 def calibration(model, dataset, settings, precision):
     """Return the calibration error after the longest context, raw and with the temperature."""
-    logits, y = last_logits(model, dataset, settings.EVAL_SEQUENCES // 4, settings, precision)
+    logits, y = last_logits(model, dataset, min(1024, settings.EVAL_SEQUENCES), settings,
+                            precision)
     return dict(raw=calibration_error(logits.softmax(1), y),
                 fitted=calibration_error((logits / model.temperature.cpu()).softmax(1), y))
 
@@ -1523,7 +1523,7 @@ def help_text():
     usage = __doc__[__doc__.index("    python"):__doc__.index("In the code")].rstrip()
     presets = [f"    {name:9}" + (" ".join(f"{k}={v}" for k, v in changes.items()) or "as below")
                for name, changes in PRESETS.items()]
-    settings = [f"    {name + '=' + str(globals()[name]):27} {comment}"
+    settings = [f"    {name + '=' + str(globals()[name]):34} {comment}"
                 for name, comment in setting_comments().items()]
     return "\n".join(["Usage", usage, "", "Presets", *presets, "", "Settings: --NAME=value",
                       *settings])
