@@ -172,6 +172,8 @@ def stream(device, *key):
 def draw_task(seed, i, n_pixels, size, device):
     """Return task number i of a fixed set: A (P, N) and rho (C,), the same at every call.
 
+    On one kind of device, that is: the random numbers of CUDA, MPS and CPU differ.
+
     A_ij ~ N(0, 1/N): the *variance* is 1/N, so a projected image keeps its scale (paper, Sec. 3).
     """
     generator = stream(device, seed, "task", i)
@@ -219,11 +221,9 @@ def project_afresh(coordinates, settings, generator):
 
 def draw_images(dataset, n_sequences, length, generator):
     """Return indices (B, T) of images: none twice within a sequence."""
-    n = len(dataset.y)
-    per_shuffle = n // length
-    shuffles = [torch.randperm(n, generator=generator, device=dataset.y.device)
-                [:per_shuffle * length].view(per_shuffle, length)
-                for _ in range(math.ceil(n_sequences / per_shuffle))]
+    n, used = len(dataset.y), len(dataset.y) // length * length
+    shuffles = [torch.randperm(n, generator=generator, device=dataset.y.device)[:used]
+                .view(-1, length) for _ in range(math.ceil(n_sequences * length / used))]
     return torch.cat(shuffles)[:n_sequences]
 
 
@@ -313,9 +313,9 @@ class Attention(nn.Module):
     """Causal multi-head attention with normalised queries and keys and a learnt scale per head.
 
     With COMPARE_IMAGES every head adds a learnt mixture of the four image cosines to its scores.
-    So images are compared in full: a residual stream of 256 numbers would blur their distances. The
-    mixtures start as nearest-neighbour look-ups of several sharpnesses, in the first layer between
-    query and labelled images, later half of them among labelled images.
+    So images are compared in full: the residual stream's few numbers would blur their distances.
+    The mixtures start as nearest-neighbour look-ups of several sharpnesses, in the first layer
+    between query and labelled images, later half of them among labelled images.
     Without, the first layer's queries and keys are learnt projections of the images, wider than the
     stream and tied: the black-box way to compare images well.
     """
@@ -387,14 +387,13 @@ class InContextTransformer(nn.Module):
         super().__init__()
         size, inputs = settings.MODEL_SIZE, settings.PROJECTION_SIZE
         self.settings = settings
-        self.pairs = settings.TOKEN_FORMAT == "pairs"
-        width = size // 2 if self.pairs else size
+        width = size // 2 if settings.TOKEN_FORMAT == "pairs" else size
         self.embed_image = nn.Linear(inputs, width, bias=False)
         self.embed_label = nn.Linear(C, size, bias=False)
         nn.init.normal_(self.embed_image.weight, std=inputs**-0.5)
         nn.init.normal_(self.embed_label.weight, std=3 * C**-0.5)
         self.positions = None
-        if not self.pairs:
+        if settings.TOKEN_FORMAT == "paper":
             self.positions = nn.Parameter(0.02 * torch.randn(settings.NUM_EXAMPLES, size))
         self.layers = nn.ModuleList(Block(settings, i == 0) for i in range(settings.NUM_LAYERS))
         self.head = nn.Linear(size, C, bias=False)
@@ -407,12 +406,12 @@ class InContextTransformer(nn.Module):
         The last `queries` examples don't see each other: each comes after the same T - queries.
         """
         T, compare = x.shape[1], self.layers[0].attention.mixture is not None
-        h = image = self.embed_image(x)
-        if self.pairs:
-            h = torch.cat([image, shift(image, queries)], -1)
-        h = h + self.embed_label(shift(F.one_hot(y, C).to(x.dtype), queries))
-        if self.positions is not None:
+        h = self.embed_image(x)
+        if self.positions is None:
+            h = torch.cat([h, shift(h, queries)], -1)
+        else:
             h = h + self.positions[torch.arange(T, device=x.device).clamp(max=T - queries)]
+        h = h + self.embed_label(shift(F.one_hot(y, C).to(x.dtype), queries))
         sharp, trained = 1.0, max(2, self.settings.NUM_EXAMPLES - 1)
         if T - queries > trained:
             sharp = sharpness(T, queries, trained, x.device)
@@ -431,9 +430,8 @@ def make_optimizers(model, settings):
     Muon orthogonalises the updates of the matrices inside the layers; embeddings, head and scalars
     are AdamW's. Muon's updates are scaled to the size of AdamW's, so that one rate serves both.
     """
-    hidden = [p for p in model.layers.parameters() if p.ndim == 2 and min(p.shape) > C]
-    if settings.OPTIMIZER == "adamw":
-        hidden = []
+    muon = settings.OPTIMIZER == "muon"
+    hidden = [p for p in model.layers.parameters() if muon and p.ndim == 2 and min(p.shape) > C]
     rest = [p for p in model.parameters() if not any(p is other for other in hidden)]
     optimizers = [torch.optim.AdamW(
         rest, settings.LEARNING_RATE, betas=(0.9, settings.ADAM_BETA2), eps=settings.ADAM_EPSILON,
@@ -477,13 +475,13 @@ def update(model, optimizers, x, y, rate, precision, clip):
     return loss, size
 
 
-def resume(path, model, optimizers, device, settings):
-    """Put a checkpoint into model and optimisers, if there is one; return the progress so far."""
+def resume(path, settings, model, optimizers=()):
+    """Put a checkpoint into model and optimisers; return its progress, None if there is none."""
     if not path.exists():
-        return dict(step=0, seconds=0.0, drawing_seconds=0.0, rows=[])
-    saved = load_checkpoint(path, device, settings)
+        return None
+    saved = load_checkpoint(path, settings)
     model.load_state_dict(saved["model"])
-    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+    for optimizer, state in zip(optimizers, saved.get("optimizers", ()), strict=True):
         optimizer.load_state_dict(state)
     return saved["progress"]
 
@@ -492,12 +490,13 @@ def meta_train(model, dataset, validation, settings, folder, precision, log):
     """Train `model` in place; return a dict of what happened. Continues the folder's checkpoint.
 
     Under torchrun every process draws the whole batch and learns from its share of it. Raises
-    UserError at a loss or gradient that is not finite, keeping the last checkpoint, and Stopped
-    after Ctrl-C or SIGTERM, leaving a checkpoint of the very last step.
+    UserError at a loss or gradient that is not finite, keeping the last checkpoint, and
+    KeyboardInterrupt after Ctrl-C or SIGTERM, leaving a checkpoint of the very last step.
     """
     (rank, world), device, path = processes(), dataset.x.device, folder / "checkpoint.pt"
     optimizers = make_optimizers(model, settings)
-    progress = resume(path, model, optimizers, device, settings)
+    progress = resume(path, settings, model, optimizers) or dict(
+        step=0, seconds=0.0, drawing_seconds=0.0, rows=[])
     if progress["step"]:
         log(f"Continuing after step {progress['step']} of {path}")
     log("\n".join(progress_table(progress["rows"], settings)))
@@ -536,7 +535,8 @@ def meta_train(model, dataset, validation, settings, folder, precision, log):
                                 optimizers=[optimizer.state_dict() for optimizer in optimizers])
                 saved_at = time.time()
             if stop and not done:
-                raise Stopped(f"Stopped after step {step + 1}; the same command continues there.")
+                raise KeyboardInterrupt(f"Stopped after step {step + 1}; the same command "
+                                        "continues there.")
     return progress
 
 
@@ -546,12 +546,12 @@ def interval(successes, n):
     z, p = 1.959964, np.asarray(successes) / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return centre - half, centre + half
+    return np.maximum(centre - half, 0), np.minimum(centre + half, 1)
 
 
 # The classical learners see exactly what the model sees. All they need of it are the inner products
 # gram (B, n + 1, n + 1) of the n examples and the query, which is last, and the one-hot labels
-# targets (B, n, C). Each returns scores (B, C); a class without an example can't win.
+# targets (B, n, C). Each returns scores (B, 1, C); count_hits rules out classes without an example.
 def nearest_neighbour(gram, targets):
     distance = gram.diagonal(dim1=1, dim2=2)[:, :-1] - 2 * gram[:, -1, :-1]
     return F.one_hot(distance.argmin(1), distance.shape[1]).float()[:, None] @ targets
@@ -605,11 +605,6 @@ def evaluation_batches(dataset, n_sequences, settings, num_tasks=0):
 
 
 @torch.no_grad()
-def predict(model, x, y, precision):
-    """Return (B, T): the predicted class of every example, each from the examples before it."""
-    return logits_of(model, x, y, precision).argmax(-1)
-
-
 def count_hits(model, dataset, n_sequences, settings, precision, num_tasks=0, lengths=()):
     """Return {learner: in how many sequences it was right}: ours after 0 .. T - 1 examples, the
     classical learners' after each number of examples in `lengths`, on the same sequences.
@@ -617,7 +612,8 @@ def count_hits(model, dataset, n_sequences, settings, precision, num_tasks=0, le
     hits = {"Transformer": np.zeros(settings.NUM_EXAMPLES, int)}
     hits |= {name: np.zeros(len(lengths), int) for name in CLASSICAL if len(lengths)}
     for x, y in evaluation_batches(dataset, n_sequences, settings, num_tasks):
-        hits["Transformer"] += (predict(model, x, y, precision) == y).sum(0).cpu().numpy()
+        right = logits_of(model, x, y, precision).argmax(-1) == y
+        hits["Transformer"] += right.sum(0).cpu().numpy()
         products, y = (x @ x.mT).cpu() if len(lengths) else None, y.cpu()
         for i, n in enumerate(lengths):
             targets = F.one_hot(y[:, :n], C).float()
@@ -676,10 +672,10 @@ def evaluate(model, dataset, settings, precision, num_tasks=0):
 
 
 @torch.no_grad()
-def last_logits(model, dataset, n_sequences, settings, precision):
+def last_logits(model, dataset, n_sequences, settings, precision, num_tasks=0):
     """Return logits (n, C) and labels (n,) of the last examples of so many meta-test sequences."""
     pairs = [(logits_of(model, x, y, precision)[:, -1].cpu(), y[:, -1].cpu())
-             for x, y in evaluation_batches(dataset, n_sequences, settings)]
+             for x, y in evaluation_batches(dataset, n_sequences, settings, num_tasks)]
     return tuple(torch.cat(part) for part in zip(*pairs))
 
 
@@ -696,15 +692,17 @@ def calibration_error(probabilities, y, bins=15):
     `bins` bins of confidence (Guo et al. 2017), for probabilities (n, C) and labels y (n,).
     """
     confidence, predicted = probabilities.max(1)
-    gap = torch.zeros(bins + 1).index_add(
-        0, (confidence * bins).long(), confidence - (predicted == y).float())
+    gap = torch.zeros(bins).index_add(
+        0, (confidence * bins).long().clamp(max=bins - 1), confidence - (predicted == y).float())
     return (gap.abs().sum() / len(y)).item()
 
 
-def calibration(model, dataset, settings, precision):
-    """Return the calibration error after the longest context, raw and with the temperature."""
+def calibration(model, dataset, settings, precision, num_tasks=0):
+    """Return the calibration error after the longest context, raw and with the temperature, on the
+    first 1,024 meta-test sequences.
+    """
     logits, y = last_logits(model, dataset, min(1024, settings.EVAL_SEQUENCES), settings,
-                            precision)
+                            precision, num_tasks)
     return dict(raw=calibration_error(logits.softmax(1), y),
                 fitted=calibration_error((logits / model.temperature.cpu()).softmax(1), y))
 
@@ -755,10 +753,8 @@ class InContextClassifier:
 
     def fit(self, X, y):
         """Take examples as the context: X (n, ...), numbers of any shape; y (n,), any labels."""
-        x, y = as_rows(X), np.asarray(y)
-        if y.shape != (len(x),):
-            raise UserError(f"X has {len(x)} rows and y has shape {y.shape}; expected one label "
-                            "per row.")
+        x = as_rows(X)
+        y = as_labels(y, len(x))
         if self.scaling not in ("auto", "shared", "centred", "columns"):
             raise UserError(f"scaling is {self.scaling!r}; expected auto, shared, centred or "
                             "columns.")
@@ -770,8 +766,6 @@ class InContextClassifier:
         if positions is not None and len(x) >= len(positions):
             raise UserError(f"{len(x)} examples; this model with TOKEN_FORMAT=paper has learnt "
                             f"positions for at most {len(positions) - 1} examples.")
-        if not isinstance(self.n_ensemble, int) or self.n_ensemble < 1:
-            raise UserError(f"n_ensemble is {self.n_ensemble!r}; expected 1 or more.")
         # Numbered as they first appear: other names for the classes change nothing but names.
         self.slots_ = torch.as_tensor(first.argsort().argsort())
         self.labels_ = self.slots_[torch.as_tensor(numbers)]
@@ -784,8 +778,9 @@ class InContextClassifier:
             alike = spread.max() <= 10 * spread[spread > 0].median() if spread.any() else True
             tabular = ["centred", "columns"] if alike else ["columns"]
             kinds = ["shared"] if np.ndim(X) > 2 else tabular
-        self.scale_ = max([scales[kind] for kind in kinds],
-                          key=lambda scale: neighbours_agree(scaled(x, *scale), numbers))
+        self.scaling_ = max(
+            kinds, key=lambda kind: neighbours_agree(scaled(x, *scales[kind]), numbers))
+        self.scale_ = scales[self.scaling_]
         return self
 
     @torch.no_grad()
@@ -797,9 +792,13 @@ class InContextClassifier:
         if x.shape[1] != self.n_features_in_:
             raise UserError(f"X has {x.shape[1]} features; the examples have "
                             f"{self.n_features_in_}.")
+        if not isinstance(self.n_ensemble, (int, np.integer)) or self.n_ensemble < 1:
+            raise UserError(f"n_ensemble is {self.n_ensemble!r}; expected 1 or more.")
         x, network, n = scaled(x, *self.scale_), self.network_, min(len(context), MAX_CONTEXT)
         device, size = network.head.weight.device, network.embed_image.in_features
-        temperature = self.temperature or network.temperature.item()
+        temperature = network.temperature.item() if self.temperature is None else self.temperature
+        if not temperature > 0:
+            raise UserError(f"temperature is {temperature}; expected a number above 0.")
         total = torch.zeros(len(x), len(self.classes_))
         for i in range(self.n_ensemble):
             generator = stream("cpu", self.random_state, "classifier", i)
@@ -823,15 +822,24 @@ class InContextClassifier:
 
     def score(self, X, y):
         """Return the share of rows whose class is predicted rightly."""
-        return float((self.predict(X) == np.asarray(y)).mean())
+        predicted = self.predict(X)
+        return float((predicted == as_labels(y, len(predicted))).mean())
 
     def save(self, path):
         """Write the fitted classifier, model and examples included, to a file for `load`."""
         if not hasattr(self, "examples_"):
             raise UserError("this classifier has no examples yet; call fit(X, y) first.")
-        params = {name: value for name, value in self.get_params().items() if name != "model"}
-        save_checkpoint(Path(path), self.network_.settings, self.network_, classifier=dict(
-            params=params, x=self.examples_[0], y=self.examples_[1].tolist()))
+        if self.classes_.dtype.kind not in "biufUO":
+            raise UserError(f"labels of type {self.classes_.dtype} can't be saved; use words or "
+                            "numbers.")
+        params = {name: getattr(value, "item", lambda value=value: value)()
+                  for name, value in self.get_params().items() if name != "model"}
+        state = dict(params={**params, "scaling": self.scaling_}, x=self.examples_[0],
+                     y=self.examples_[1].tolist())
+        try:
+            save_checkpoint(Path(path), self.network_.settings, self.network_, classifier=state)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"can't write {path}: {error}.") from error
 
     @classmethod
     def load(cls, path):
@@ -859,6 +867,18 @@ def as_rows(X):
     return torch.from_numpy(x.reshape(len(x), -1))
 
 
+def as_labels(y, n):
+    """Return the labels y as an array of shape (n,); raise UserError for anything else."""
+    try:
+        y = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y)
+    except ValueError:
+        raise UserError("the labels are lists of several lengths; expected one per row.") from None
+    if y.shape != (n,):
+        raise UserError(f"there are {n} rows and labels of shape {y.shape}; expected one label per "
+                        "row.")
+    return y
+
+
 def scaled(x, mean, scale):
     """Return rows x scaled, with one constant feature more: so that angles tell distances too."""
     x = ((x - mean) / torch.where(scale > 0, scale, 1)).clamp(-1e4, 1e4).float()
@@ -867,7 +887,8 @@ def scaled(x, mean, scale):
 
 def neighbours_agree(x, labels, most=2000):
     """Return the share of rows x (n, N) whose nearest other row, by its cosine, has their label."""
-    x, labels = F.normalize(x[:most]), np.asarray(labels)[:most]
+    every = -(-len(x) // most)
+    x, labels = F.normalize(x[::every]), np.asarray(labels)[::every]
     nearest = (x @ x.T).fill_diagonal_(-2).argmax(1).numpy()
     return (labels[nearest] == labels).mean()
 
@@ -891,9 +912,9 @@ def as_dataset(name, x, y, size, device):
     are. Labels of any kind become 0 .. classes - 1. Raises UserError for what can't be used.
     """
     x, y = np.asarray(x), np.asarray(y)
-    if x.ndim < 2 or y.ndim != 1 or len(x) != len(y):
+    if not 2 <= x.ndim <= 4 or y.ndim != 1 or len(x) != len(y):
         raise UserError(f"{name}: x has shape {x.shape} and y {y.shape}; expected one row of x per "
-                        "label: x (n, ...) and y (n,).")
+                        "label: rows (n, N) or images (n, h, w) or (n, h, w, c), and y (n,).")
     if x.dtype.kind not in "biuf":
         raise UserError(f"{name}: x holds {x.dtype}; expected numbers.")
     kinds, _, y = class_numbers(y, name)
@@ -919,18 +940,21 @@ def torchvision_arrays(name, train, folder):
             f"torchvision does not fit torch {torch.__version__} ({error}); install both from the "
             "same place, for example: pip install --force-reinstall torch torchvision --index-url "
             "https://download.pytorch.org/whl/cpu") from error
-    known = [n for n in datasets.__all__ if not n.startswith("Fake")]
+    known = [n for n in datasets.__all__ if n[0].isupper() and not n.startswith("Fake")]
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
         raise UserError(f"data set {name!r} is neither a torchvision data set nor an .npz file"
-                        + (f"; did you mean {near[0]}?" if near else "."))
+                        f"{did_you_mean(name, known)}")
     make = getattr(datasets, name)
     place = Path(folder, name, "raw") if hasattr(make, "raw_folder") else Path(folder)
     arguments = make.__init__.__code__.co_varnames
     split = dict(train=train) if "train" in arguments else dict(split="train" if train else "test")
+    if name == "EMNIST":
+        split = dict(train=train, split="digits")
     try:
         with contextlib.redirect_stdout(None):           # its progress goes to stderr
             data = make(folder, download=True, **split)
+        labels = data.targets if hasattr(data, "targets") else data.labels
+        return np.asarray(data.data), np.asarray(labels)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"can't write to DATA_DIR={folder}: {error}.") from error
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
@@ -941,10 +965,8 @@ def torchvision_arrays(name, train, folder):
                 f"downloaded ({words}); put its files there.") from error
         raise UserError(f"{name} in {place} is damaged ({words}); delete its files and run again "
                         "to get them afresh.") from error
-    except (ModuleNotFoundError, TypeError) as error:
-        raise UserError(f"torchvision can't load {name} here: {error}.") from error
-    labels = data.targets if hasattr(data, "targets") else data.labels
-    return np.asarray(data.data), np.asarray(labels)
+    except (ModuleNotFoundError, TypeError, AttributeError) as error:
+        raise UserError(f"{name} can't be used as a data set here: {error}.") from error
 
 
 def render_characters(characters, n, seed):
@@ -1013,11 +1035,15 @@ def npz_arrays(path, labels=True):
     """Return x and y of an .npz file; where `labels` need not be there, y may be None."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return file["x"], file["y"] if labels or "y" in file else None
+            missing = {"x", "y"} - set(file) if labels else {"x"} - set(file)
+            if missing:
+                raise UserError(f"{path} has no array {' and no '.join(sorted(missing))}; expected "
+                                "x (n, ...) and y (n,).")
+            return file["x"], file["y"] if "y" in file else None
     except FileNotFoundError as error:
         raise DataUnavailable(f"there is no file {path}; give the path of an .npz file.") from error
-    except KeyError as error:
-        raise UserError(f"{path} has no array {error}; expected x (n, ...) and y (n,).") from error
+    except UserError:
+        raise
     except Exception as error:                           # zipfile and numpy raise many kinds
         raise UserError(f"{path} can't be read as an .npz file ({error}); make it again with "
                         "numpy.savez(path, x=x, y=y).") from error
@@ -1026,9 +1052,9 @@ def npz_arrays(path, labels=True):
 def csv_arrays(path, label_column, features=None):
     """Return x (n, features) and labels (n,) of a .csv file; labels None where it has none.
 
-    A first line that holds a word above a column of numbers is a header. The labels are in the
-    column `label_column`: "last", a header's name, or its number from 1. With as many columns as
-    `features` there are none.
+    A first line with a word in another column than the labels' is a header; one of numbers is not.
+    The labels are in the column `label_column`: "last", a header's name, or its number from 1. With
+    as many columns as `features` there are none.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -1045,7 +1071,7 @@ def csv_arrays(path, label_column, features=None):
     if label_column in header:
         place = header.index(label_column)
     elif label_column != "last" and len(header) != features:
-        if not label_column.isdigit() or not 0 < int(label_column) <= len(header):
+        if not label_column.isdecimal() or not 0 < int(label_column) <= len(header):
             raise UserError(f"{path} has no column {label_column!r}; its first line is: "
                             f"{', '.join(header)[:200]}.")
         place = int(label_column) - 1
@@ -1065,7 +1091,7 @@ def csv_arrays(path, label_column, features=None):
             bad = row[columns[values.index(None)]]
             raise UserError(f"{path}: {bad!r} in line {line + 1 + words} is not a number; only the "
                             f"labels may be words (column {place + 1} is read as labels).")
-    return np.array(x), np.array([row[place] for row in rows[words:]]) if labelled else None
+    return np.array(x), np.array([row[place].strip() for row in rows[words:]]) if labelled else None
 
 
 def read_examples(path, label_column, features=None):
@@ -1078,15 +1104,17 @@ def read_examples(path, label_column, features=None):
 def load_dataset(name, split, settings, device):
     """Return the "train" or "test" images of a data set, by name or .npz path, on `device`.
 
-    An .npz file has no split of its own: every seventh row is for the test. A data set that was
-    not trained on is "unseen": all rows of a file, the test images of the others.
+    An .npz file has no split of its own: a seventh of its rows, at random, is the test. A data set
+    that was not trained on is "unseen": all rows of a file, the test images of the others.
     Raises DataUnavailable where there is no such data, UserError where it can't be used.
     """
     if name.endswith(".npz"):
         x, y = npz_arrays(name)
-        if split != "unseen" and len(x) == len(y):
-            part = (np.arange(len(y)) % 7 == 0) == (split == "test")
-            x, y = x[part], y[part]
+        if np.ndim(x) and np.shape(y) == (len(x),):      # the rest is as_dataset's to refuse
+            order = np.random.default_rng(0).permutation(len(y))       # files may be sorted
+            test, train = order[::7], np.delete(order, np.s_[::7])
+            order = dict(unseen=order, test=test, train=train)[split]
+            x, y = x[order], y[order]
         name = Path(name).stem
     else:
         arrays = rendered_arrays if name in RENDERED else torchvision_arrays
@@ -1099,10 +1127,6 @@ def load_dataset(name, split, settings, device):
 
 
 # ------------------------------------------------------------------------- plumbing: checkpoints
-class Stopped(Exception):
-    """The user asked the run to stop; the message says how to go on."""
-
-
 @contextlib.contextmanager
 def stop_requests():
     """Yield a list that Ctrl-C or SIGTERM makes non-empty; a second one stops at once."""
@@ -1113,10 +1137,9 @@ def stop_requests():
             raise KeyboardInterrupt
         requests.append(number)
 
-    signals = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        signals = ()                                     # only the main thread may catch them
-    former = {number: signal.signal(number, note) for number in signals}
+    main = threading.current_thread() is threading.main_thread()      # no other may catch them
+    former = {number: signal.signal(number, note)
+              for number in (signal.SIGINT, signal.SIGTERM) if main}
     try:
         yield requests
     finally:
@@ -1142,28 +1165,27 @@ def save_checkpoint(path, settings, model, **more):
                    temporary)
 
 
-def load_checkpoint(path, device="cpu", settings=None):
+def load_checkpoint(path, settings=None):
     """Return the dict that save_checkpoint wrote; with `settings`, only if they are the same.
 
     Raises UserError for any other file.
     """
+    remedy = "; delete it to train again from the start" if settings else ""
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}.") from error
     except Exception as error:                           # torch raises many kinds for a bad file
-        raise UserError(f"{path} is truncated or not a checkpoint; delete it to train again from "
-                        "the start.") from error
+        raise UserError(f"{path} is truncated or not a checkpoint{remedy}.") from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or (
             settings is not None and identity(saved["settings"]) != identity(vars(settings))):
-        raise UserError(f"{path} is not a checkpoint of this program with these settings; delete "
-                        "it to train again from the start.")
+        raise UserError(f"{path} is not a checkpoint of this program with these settings{remedy}.")
     return saved
 
 
 def load_model(path, device):
     """Return (model, saved): the model of a model.pt, and all that the file holds."""
-    saved = load_checkpoint(path, device)
+    saved = load_checkpoint(path)
     model = InContextTransformer(default_settings(**saved["settings"])).to(device)
     model.load_state_dict(saved["model"])
     return model, saved
@@ -1181,8 +1203,8 @@ def newest_checkpoint(settings):
 
 
 def identity(settings):
-    """Return the settings that make a run what it is: all but where its files lie."""
-    elsewhere = {"OUT_DIR", "DATA_DIR", "N_ENSEMBLE", *COMMANDS["classify"]} - {"SEED"}
+    """Return the settings that make a run what it is: not those of folders and of `classify`."""
+    elsewhere = {"DATA_DIR", *COMMANDS["classify"]} - {"SEED"}
     return {k: v for k, v in settings.items() if k not in elsewhere}
 
 
@@ -1274,6 +1296,8 @@ def check_settings(s):
     for name in ("BIASED_FRACTION", "DECAY_FRACTION", "ADAM_BETA2"):
         if getattr(s, name) > 1:
             raise UserError(f"{name} is {getattr(s, name)}; expected a share from 0 to 1.")
+    if s.ADAM_BETA2 == 1:
+        raise UserError("ADAM_BETA2=1 would never forget; expected a number below 1.")
     if s.MODEL_SIZE % s.NUM_HEADS or s.MODEL_SIZE % 2:
         raise UserError(f"MODEL_SIZE={s.MODEL_SIZE} must be even and a multiple of NUM_HEADS="
                         f"{s.NUM_HEADS}.")
@@ -1317,6 +1341,7 @@ def joined_processes(settings):
             raise UserError(f"BATCH_SIZE={settings.BATCH_SIZE} can't be split evenly over "
                             f"{processes()[1]} processes.")
         yield
+        torch.distributed.barrier()                      # who leaves early may take others along
     finally:
         torch.distributed.destroy_process_group()
 
@@ -1421,7 +1446,7 @@ def make_folder(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".probe").write_text("")
-        (folder / ".probe").unlink()
+        (folder / ".probe").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"can't write to {folder} (OUT_DIR says where): {error}.") from error
     return folder
@@ -1564,14 +1589,15 @@ def load_tests(name, settings, device, notices):
         word.strip() for word in settings.EVAL_DATASETS.split(",") if word.strip()]
     tests = {}
     for word in wanted:
+        known = Path(word).resolve() == Path(name).resolve()           # a path has many names
         try:
-            dataset = load_dataset(word, "test" if word == name else "unseen", settings, device)
+            dataset = load_dataset(word, "test" if known else "unseen", settings, device)
         except DataUnavailable as error:
             if settings.EVAL_DATASETS != "auto":
                 raise
             notices.append(f"\n*** NOTICE: {error}\n*** It is left out of the evaluation.\n")
             continue
-        if settings.NUM_TASKS and word == name:
+        if settings.NUM_TASKS and known:
             tests[f"{dataset.name}, seen tasks"] = dataset, settings.NUM_TASKS
         tests[dataset.name] = dataset, 0
     if not tests:
@@ -1630,18 +1656,15 @@ def run(preset, settings):
         log("\n".join(result_table(results)))
         log(f"\nThis run was finished before. To make it afresh, delete {folder}")
         return results
-    if final.exists():
-        saved = load_checkpoint(final, device, settings)
-        model.load_state_dict(saved["model"])
-        progress = saved["progress"]
-    else:
-        progress = meta_train(model, training, validation, settings, folder, precision, log)
+    progress = resume(final, settings, model) or meta_train(
+        model, training, validation, settings, folder, precision, log)
     if rank:
         return None                                      # the rest is the first process's work
     fit_temperature(model, validation, settings, precision)
     save_checkpoint(final, settings, model, progress=progress, trained_on=training.name)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
-    shutil.copyfile(__file__, folder / Path(__file__).name)
+    with contextlib.suppress(shutil.SameFileError):      # it may be the copy that runs
+        shutil.copyfile(__file__, folder / Path(__file__).name)
     fast = speed(model, training, settings, progress, precision, log)
     return test_and_report(model, tests, settings, precision, folder, log, began, dict(
         trained_on=training.name, preset=preset, processes=processes()[1],
@@ -1655,7 +1678,7 @@ def test_and_report(model, tests, settings, precision, folder, log, began, facts
     for row, (dataset, num_tasks) in tests.items():
         data_sets[row] = dict(
             classes=dataset.classes, paper=PAPER.get(row, {}) if comparable else {},
-            calibration_error=calibration(model, dataset, settings, precision),
+            calibration_error=calibration(model, dataset, settings, precision, num_tasks),
             curves=evaluate(model, dataset, settings, precision, num_tasks))
     results = dict(
         **facts, settings=vars(settings), data_sets=data_sets,
@@ -1684,9 +1707,16 @@ def evaluate_checkpoint(settings, flags):
               {"DEVICE", "PRECISION", "DATA_DIR", "OUT_DIR", "EVAL_DATASETS", *flags}}
     settings = default_settings(**{**saved["settings"], **chosen})
     check_settings(settings)
-    notices, name = [], saved.get("trained_on", "nothing")
+    if "trained_on" not in saved:
+        raise UserError(f"{path} is not the model.pt of a run; give one with --CHECKPOINT=path.")
+    if model.positions is not None and settings.NUM_EXAMPLES > len(model.positions):
+        raise UserError(f"NUM_EXAMPLES={settings.NUM_EXAMPLES}; this model with TOKEN_FORMAT=paper "
+                        f"has learnt positions for {len(model.positions)} examples.")
+    notices, name = [], saved["settings"]["TRAIN_DATASET"]
+    name = saved["trained_on"] if name == "auto" else name
     tests = load_tests(name, settings, device, notices)
-    folder = make_folder(path.parent / plain("evaluation-" + "-".join(tests)))
+    folder = make_folder(path.parent / plain(
+        f"evaluation-{'-'.join(tests)}-after-{settings.NUM_EXAMPLES - 1}"))
     log = log_to(folder / "log.txt")
     for notice in notices:
         log(notice)
@@ -1704,7 +1734,8 @@ def classify(settings):
             raise UserError(f"classify needs a {name}; add --{name}=path of a .csv or .npz file.")
     path = newest_checkpoint(settings)
     x, y = read_examples(settings.TRAIN_FILE, settings.LABEL_COLUMN)
-    rows, labels = read_examples(settings.TEST_FILE, settings.LABEL_COLUMN, x[0].size)
+    features = as_rows(x).shape[1]
+    rows, labels = read_examples(settings.TEST_FILE, settings.LABEL_COLUMN, features)
     classifier = InContextClassifier(path, settings.N_ENSEMBLE, random_state=settings.SEED)
     probabilities = classifier.fit(x, y).predict_proba(rows)
     predicted = classifier.classes_[probabilities.argmax(1)]
@@ -1715,14 +1746,15 @@ def classify(settings):
             writer.writerow(["prediction", *(f"p({name})" for name in classifier.classes_)])
             for name, row in zip(predicted, probabilities):
                 writer.writerow([name, *(f"{p:.4f}" for p in row)])
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"can't write PREDICTIONS_FILE={settings.PREDICTIONS_FILE}: {error}."
                         ) from error
-    print(f"Model        {path}\nExamples     {len(x)} of {x[0].size} features, "
+    print(f"Model        {path}\nExamples     {len(x)} of {features} features, "
           f"{len(classifier.classes_)} classes\nPredictions  {len(rows)} rows, in "
           f"{settings.PREDICTIONS_FILE}")
     if labels is not None:
-        right = (predicted == labels).sum()
+        labels = as_labels(labels, len(rows))
+        right = (predicted.astype(str) == labels.astype(str)).sum()
         low, high = interval(right, len(rows))
         print(f"Accuracy     {100 * right / len(rows):.1f} % "
               f"(95 % interval {100 * low:.1f} to {100 * high:.1f})")
@@ -1747,7 +1779,7 @@ def main(arguments):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (Stopped, KeyboardInterrupt) as stopped:
+    except KeyboardInterrupt as stopped:
         print(str(stopped) or "Stopped; the same command continues from the last checkpoint.")
         return 130
     return 0

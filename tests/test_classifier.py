@@ -212,9 +212,11 @@ def test_it_works_inside_scikit_learn(model):
 
 
 def test_saved_and_loaded_it_predicts_the_same(model_file, tmp_path):
-    X, y = table()
+    X, y = table(features=16)
+    X = X.reshape(-1, 4, 4)                              # images: rows of them would look like a table
     names = np.array(["ape", "bee", "cat"])[y]
-    classifier = InContextClassifier(str(model_file), n_ensemble=2).fit(X[:40], names[:40])
+    classifier = InContextClassifier(str(model_file), n_ensemble=np.int64(2)).fit(
+        X[:40], names[:40])
     classifier.save(tmp_path / "classifier.pt")
     loaded = InContextClassifier.load(tmp_path / "classifier.pt")
     assert (loaded.predict_proba(X[40:]) == classifier.predict_proba(X[40:])).all()
@@ -226,6 +228,7 @@ def test_saved_and_loaded_it_predicts_the_same(model_file, tmp_path):
 @pytest.mark.parametrize("X, y, words", [
     (np.zeros((0, 3)), [], "at least one row"),
     (np.eye(3), [0, 1], "expected one label per row"),
+    (np.eye(2), [[0], [0, 1]], "lists of several lengths"),
     (np.eye(12), range(12), "12 classes; this model tells 2 to 10 classes apart"),
     (np.eye(3), [1, 1, 1], "1 classes"),
     (np.array([[1, np.nan], [2, 3]]), [0, 1], "none of them NaN"),
@@ -248,8 +251,13 @@ def test_bad_use_is_refused(model, tmp_path):
         InContextClassifier(model).fit(X, y).predict(X[:, :5])
     with pytest.raises(UserError, match="expected auto, shared, centred"):
         InContextClassifier(model, scaling="wide").fit(X, y)
-    with pytest.raises(UserError, match="n_ensemble is 0"):
-        InContextClassifier(model, n_ensemble=0).fit(X, y)
+    for wrong in (dict(n_ensemble=0), dict(n_ensemble=1.5), dict(temperature=0)):
+        with pytest.raises(UserError, match=f"{list(wrong)[0]} is {list(wrong.values())[0]}"):
+            InContextClassifier(model, **wrong).fit(X, y).predict(X)
+    with pytest.raises(UserError, match="90 rows and labels of shape"):
+        InContextClassifier(model).fit(X, y).score(X, y[:, None])
+    with pytest.raises(UserError, match="can't write"):
+        InContextClassifier(model).fit(X, y).save(tmp_path / "no" / "c.pt")
     with pytest.raises(UserError, match="there is no checkpoint"):
         InContextClassifier("nowhere/model.pt").fit(X, y)
     paper = gpicl.InContextTransformer(gpicl.default_settings(**TINY, TOKEN_FORMAT="paper"))
@@ -340,6 +348,13 @@ def test_classify_from_csv_files(model_file, tmp_path, capsys, monkeypatch):
         assert "Accuracy" not in capsys.readouterr().out
         assert open("again.csv").read() == open("predictions.csv").read()
 
+    # labels that look like numbers, with spaces, against numbers
+    spaced = write(tmp_path / "spaced.csv", [[*x, f" {c}"] for x, c in zip(X[:40], y[:40])])
+    np.savez(tmp_path / "numbers.npz", x=X[40:], y=y[40:])
+    assert gpicl.main(["classify", f"--CHECKPOINT={model_file}", f"--TRAIN_FILE={spaced}",
+                       "--TEST_FILE=numbers.npz", "--PREDICTIONS_FILE=numbers.csv"]) == 0
+    assert f"{100 * expected.score(X[40:], names[40:]):.1f} %" in capsys.readouterr().out
+
     np.savez(tmp_path / "train.npz", x=X[:40], y=names[:40])
     np.savez(tmp_path / "test.npz", x=X[40:])
     assert gpicl.main(["classify", f"--CHECKPOINT={model_file}", "--TRAIN_FILE=train.npz",
@@ -363,7 +378,10 @@ def test_classify_says_what_is_wrong(model_file, tmp_path, fails):
         flag = "TEST_FILE" if name == "narrow" else "TRAIN_FILE"
         other = "TRAIN_FILE" if name == "narrow" else "TEST_FILE"
         assert words in fails(*command, f"--{flag}={bad}", f"--{other}={good}")
+    header = write(tmp_path / "header.csv", [["a", "b", "label"]])
+    assert "at least one row" in fails(*command, f"--TRAIN_FILE={header}", f"--TEST_FILE={good}")
     both = [*command, f"--TRAIN_FILE={good}", f"--TEST_FILE={good}"]
+    assert "can't write PREDICTIONS_FILE" in fails(*both, "--PREDICTIONS_FILE=")
     assert "no column 'kind'" in fails(*both, "--LABEL_COLUMN=kind")
     assert "no column '9'" in fails(*both, "--LABEL_COLUMN=9")
     assert "can't read" in fails(*command, "--TRAIN_FILE=nowhere.csv", f"--TEST_FILE={good}")
@@ -386,12 +404,20 @@ def test_evaluate_gives_the_curves_of_training_again_and_of_other_data(tiny_flag
     printed = capsys.readouterr().out
     assert "blobs@11: " in printed and "wide@11: " in printed
     trained, = (tmp_path / "runs").glob("*/results.json")
-    again, = (tmp_path / "runs").glob("*/evaluation-blobs-wide/results.json")
+    again, = (tmp_path / "runs").glob("*/evaluation-blobs-wide-after-11/results.json")
     again = json.loads(again.read_text())
-    assert set(again["data_sets"]) == {"blobs", "wide"} and again["trained_on"] == "blobs"
+    assert set(again["data_sets"]) == {"blobs", "wide"} and again["trained_on"].endswith("blobs.npz")
     assert again["settings"]["AVERAGED_PASSES"] == 2     # as in training
     assert json.loads(trained.read_text())["settings"]["STEPS"] == again["settings"]["STEPS"]
+    # the rows that were trained on are never tested on, under whatever name the file goes
+    for name in (blobs, tmp_path / "runs" / ".." / "blobs.npz", "auto"):
+        assert gpicl.main([*command, f"--EVAL_DATASETS={name}"]) == 0
+        assert "blobs@11" in capsys.readouterr().out
+        same, = (tmp_path / "runs").glob("*/evaluation-blobs-after-11/results.json")
+        same = json.loads(same.read_text())["data_sets"]["blobs"]["curves"]
+        assert same == json.loads(trained.read_text())["data_sets"]["blobs"]["curves"]
     assert gpicl.main([*command, f"--EVAL_DATASETS={blobs}", "--NUM_EXAMPLES=20"]) == 0
     assert "blobs@19: " in capsys.readouterr().out       # longer than it was trained
     assert "evaluate does not read STEPS" in fails(*command, "--STEPS=3")
     assert "there is no checkpoint" in fails("evaluate", "--CHECKPOINT=nowhere.pt")
+    assert "truncated or not a checkpoint.\n" in fails("evaluate", f"--CHECKPOINT={blobs}")

@@ -51,6 +51,8 @@ def fails(capsys):
     ("--DEVICE=tpu", "expected one of auto, cuda, mps, cpu"),
     ("--MODEL_SIZE=100", "a multiple of NUM_HEADS"),
     ("--NUM_EXAMPLES=1", "expected 2 or more"),
+    ("--ADAM_BETA2=1", "below 1"),
+    ("--TRAIN_DATASET=mnist", "did you mean MNIST?"),
     ("--VALIDATION_IMAGES=50", "less than one sequence"),
 ])
 def test_wrong_settings(flag, expected, fails):
@@ -284,7 +286,7 @@ def test_pep_723_block_equals_requirements():
 
 def test_lines_and_functions_are_short():
     lines = SCRIPT.read_text().splitlines()
-    assert max(map(len, lines)) <= 100 and len(lines) <= 1780
+    assert max(map(len, lines)) <= 100 and len(lines) <= 1800
     import ast
     for node in ast.walk(ast.parse(SCRIPT.read_text())):
         if isinstance(node, ast.FunctionDef):
