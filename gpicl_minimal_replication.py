@@ -14,7 +14,9 @@ a gradient step, on tasks and on whole data sets that it has never seen.
     python gpicl_minimal_replication.py                      meta-train on MNIST, test, plot
     python gpicl_minimal_replication.py quick                the same in about two minutes
     python gpicl_minimal_replication.py --SEED=3 --NUM_TASKS=2**16     any setting, by its own name
-    python gpicl_minimal_replication.py --help               every setting and preset
+    python gpicl_minimal_replication.py evaluate ...         the curves of a trained model, any data
+    python gpicl_minimal_replication.py classify ...         label the rows of a file by another's
+    python gpicl_minimal_replication.py --help               every setting, preset and command
 
 In the code          in the paper
 task                 (A, rho): random projection, random label permutation          (Sec. 3, Alg. 1)
@@ -67,7 +69,7 @@ OUT_DIR = "runs"             # every run gets a folder of its own in here
 TRAIN_DATASET = "auto"       # auto: MNIST, or rendered digits where MNIST can't be had
 EVAL_DATASETS = "auto"       # comma-separated; auto: TRAIN_DATASET's test images and FashionMNIST
 IMAGE_SIZE = 28              # images are resized to this height and width (paper: 32)
-VALIDATION_IMAGES = 5000     # last training images, never trained on: for progress and choices
+VALIDATION_IMAGES = 5000     # last training images, never trained on; a quarter of them at most
 
 # Tasks
 NUM_TASKS = 0                # 2**k: so many fixed tasks; 0: a fresh task for every sequence
@@ -797,8 +799,8 @@ class InContextClassifier:
         x, network, n = scaled(x, *self.scale_), self.network_, min(len(context), MAX_CONTEXT)
         device, size = network.head.weight.device, network.embed_image.in_features
         temperature = network.temperature.item() if self.temperature is None else self.temperature
-        if not temperature > 0:
-            raise UserError(f"temperature is {temperature}; expected a number above 0.")
+        if not isinstance(temperature, (int, float, np.number)) or not temperature > 0:
+            raise UserError(f"temperature is {temperature!r}; expected a number above 0.")
         total = torch.zeros(len(x), len(self.classes_))
         for i in range(self.n_ensemble):
             generator = stream("cpu", self.random_state, "classifier", i)
@@ -861,9 +863,12 @@ def as_rows(X):
         x = x.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise UserError(f"X can't be read as an array of numbers ({error}).") from None
-    if x.ndim < 2 or not x.size or not (np.abs(x) < 1e30).all():
-        raise UserError(f"X has shape {x.shape}; expected at least one row (n, ...) of finite "
-                        "numbers, none of them NaN.")
+    if x.ndim < 2 or not x.size:
+        raise UserError(f"X has shape {x.shape}; expected at least one row, (n, ...).")
+    if not (np.abs(x) < 1e30).all():
+        row = int(np.argwhere(~(np.abs(x) < 1e30))[0][0])
+        raise UserError(f"X holds NaN, infinite or huge numbers, first in row {row + 1}; fill in "
+                        "or drop them.")
     return torch.from_numpy(x.reshape(len(x), -1))
 
 
@@ -961,8 +966,8 @@ def torchvision_arrays(name, train, folder):
         words = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) or re.search("download|not found", words):
             raise DataUnavailable(
-                f"{name} can't be had: it is not in {place} and could not be "
-                f"downloaded ({words}); put its files there.") from error
+                f"{name} can't be had: it is not in {place} (put its files there) and could not be "
+                f"downloaded ({words}).") from error
         raise UserError(f"{name} in {place} is damaged ({words}); delete its files and run again "
                         "to get them afresh.") from error
     except (ModuleNotFoundError, TypeError, AttributeError) as error:
@@ -1049,56 +1054,75 @@ def npz_arrays(path, labels=True):
                         "numpy.savez(path, x=x, y=y).") from error
 
 
-def csv_arrays(path, label_column, features=None):
-    """Return x (n, features) and labels (n,) of a .csv file; labels None where it has none.
+def number(text):
+    """Return the text as a number, None if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
-    A first line with a word in another column than the labels' is a header; one of numbers is not.
-    The labels are in the column `label_column`: "last", a header's name, or its number from 1. With
-    as many columns as `features` there are none.
+
+def read_csv(path, label_column, features=None):
+    """Return x (n, features), labels (n,) and the features' names of a .csv file.
+
+    A first line with a word in another column than the labels' is a header, or one of 0, 1, 2 ...;
+    without there are no names: None. The labels are in the column `label_column`: "last", a
+    header's name, or its number from 1. With as many columns as `features` there are none: None.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         separator = max(",;\t", key=text.partition("\n")[0].count)
-        rows = [row for row in csv.reader(io.StringIO(text), delimiter=separator) if any(row)]
+        reader = csv.reader(io.StringIO(text), delimiter=separator)
+        lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"can't read {path}: {error}.") from error
-    if not rows or min(map(len, rows)) != max(map(len, rows)):
-        raise UserError(f"{path}: expected lines of equally many values, separated by commas.")
-    if features is not None and len(rows[0]) - features not in (0, 1):
-        raise UserError(f"{path} has {len(rows[0])} columns; expected {features}, as many as the "
-                        "examples have features, and perhaps one of labels.")
-    header, place = [word.strip() for word in rows[0]], len(rows[0]) - 1
-    if label_column in header:
-        place = header.index(label_column)
-    elif label_column != "last" and len(header) != features:
-        if not label_column.isdecimal() or not 0 < int(label_column) <= len(header):
+    first = lines[0][1] if lines else []
+    width, place = len(first), len(first) - 1
+    if width < (1 if features else 2):
+        raise UserError(f"{path} has {width} columns; expected features and, but for a test, "
+                        "labels, separated by commas.")
+    for line, row in lines:
+        if len(row) != width:
+            raise UserError(f"{path}: line {line} has {len(row)} values, the first has {width}.")
+    if features is not None and width - features not in (0, 1):
+        raise UserError(f"{path} has {width} columns; expected {features}, as many as the examples "
+                        "have features, and perhaps one of labels.")
+    labelled = width != features
+    if labelled and label_column in first:
+        place = first.index(label_column)
+    elif labelled and label_column != "last":
+        if not label_column.isdecimal() or not 0 < int(label_column) <= width:
             raise UserError(f"{path} has no column {label_column!r}; its first line is: "
-                            f"{', '.join(header)[:200]}.")
+                            f"{', '.join(first)[:200]}.")
         place = int(label_column) - 1
-    labelled = len(header) != features
-    columns = [i for i in range(len(header)) if not (labelled and i == place)]
-
-    def number(text):
-        try:
-            return float(text)
-        except ValueError:
-            return None
-
-    words = any(number(header[i]) is None for i in columns) or label_column in header
-    x = [[number(row[i]) for i in columns] for row in rows[words:]]
-    for line, (row, values) in enumerate(zip(rows[words:], x)):
-        if None in values:
-            bad = row[columns[values.index(None)]]
-            raise UserError(f"{path}: {bad!r} in line {line + 1 + words} is not a number; only the "
-                            f"labels may be words (column {place + 1} is read as labels).")
-    return np.array(x), np.array([row[place].strip() for row in rows[words:]]) if labelled else None
+    columns = [i for i in range(width) if not (labelled and i == place)]
+    head = [number(first[i]) for i in columns]
+    header = None in head or label_column in first or len(head) > 1 and head == [*range(len(head))]
+    if header and "" in first:
+        raise UserError(f"{path}: column {first.index('') + 1} has no name in the first line; if "
+                        "it only numbers the rows, leave it out (pandas: index=False).")
+    x, labels = [], []
+    for line, row in lines[header:]:
+        x.append([number(row[i]) for i in columns])
+        labels.append(row[place])
+        if None in x[-1]:
+            column = columns[x[-1].index(None)]
+            raise UserError(f"{path}: {row[column]!r} in line {line}, column {column + 1}, is not "
+                            f"a number; LABEL_COLUMN, for the labels, is column {place + 1}.")
+        if labelled and not row[place]:
+            raise UserError(f"{path}: line {line} has no label in column {place + 1}.")
+    values = [number(label) for label in labels]
+    if None not in values and all(value.is_integer() for value in values):
+        labels = [int(value) for value in values]        # "1" and "1.0" are one class
+    names = [first[i] for i in columns] if header else None
+    return np.array(x), np.array(labels) if labelled else None, names
 
 
 def read_examples(path, label_column, features=None):
-    """Return x and the labels, None if it has none, of a .csv or .npz file."""
+    """Return x, labels and feature names of a .csv or .npz file; None for what it lacks."""
     if not str(path).endswith(".npz"):
-        return csv_arrays(path, label_column, features)
-    return npz_arrays(path, labels=features is None)
+        return read_csv(path, label_column, features)
+    return *npz_arrays(path, labels=features is None), None
 
 
 def load_dataset(name, split, settings, device):
@@ -1121,8 +1145,8 @@ def load_dataset(name, split, settings, device):
         x, y = arrays(name, split == "train", settings.DATA_DIR)
     dataset = as_dataset(name, x, y, settings.IMAGE_SIZE, device)
     if len(dataset.y) < settings.NUM_EXAMPLES:
-        raise UserError(f"{name} has {len(dataset.y)} images ({split}); "
-                        f"a sequence needs NUM_EXAMPLES={settings.NUM_EXAMPLES} different ones.")
+        raise UserError(f"{name} has {len(dataset.y)} rows ({split}); a sequence needs "
+                        f"NUM_EXAMPLES={settings.NUM_EXAMPLES} different ones.")
     return dataset
 
 
@@ -1258,9 +1282,11 @@ def read_settings(arguments):
     """
     words, flags = [word for word in arguments if not word.startswith("-")], []
     known = [*PRESETS, *COMMANDS]
-    for word in words[1:] + [word for word in words[:1] if word not in known]:
-        raise UserError(f"unexpected word {word!r}{did_you_mean(word, known)} At most one preset "
-                        "or command is read, and settings as --NAME=value.")
+    for word in [word for word in words if word not in known]:
+        raise UserError(f"unexpected word {word!r}{did_you_mean(word, known)} Settings are written "
+                        "as --NAME=value.")
+    if len(words) > 1:
+        raise UserError(f"{' and '.join(words)}: at most one preset or command is read.")
     first = words[0] if words else "default"
     settings = default_settings(**PRESETS.get(first, {}))
     for word in [word for word in arguments if word.startswith("-")]:
@@ -1430,10 +1456,14 @@ def run_folder(settings, preset, train_name):
     """Make and return the folder of these settings: a readable name, and a hash of them all."""
     base = {**vars(default_settings()), **PRESETS[preset]}
     words = [f"{k}={v}" for k, v in identity(vars(settings)).items() if v != base[k]]
-    digest = hashlib.blake2b(repr((train_name, sorted(identity(vars(settings)).items()))).encode(),
-                             digest_size=3).hexdigest()
+    key = digest(train_name, sorted(identity(vars(settings)).items()))
     name = "-".join([train_name, preset, *words])
-    return make_folder(Path(settings.OUT_DIR, f"{plain(name)}-{digest}"))
+    return make_folder(Path(settings.OUT_DIR, f"{plain(name)}-{key}"))
+
+
+def digest(*key):
+    """Return six characters that depend on nothing but `key`."""
+    return hashlib.blake2b(repr(key).encode(), digest_size=3).hexdigest()
 
 
 def plain(name):
@@ -1550,8 +1580,11 @@ def help_text():
                for name, changes in PRESETS.items()]
     settings = [f"    {name + '=' + str(globals()[name]):34} {comment}"
                 for name, comment in setting_comments().items()]
-    return "\n".join(["Usage", usage, "", "Presets", *presets, "", "Settings: --NAME=value",
-                      *settings])
+    commands = [f"    {name:9}with CHECKPOINT, " + ", ".join(names[1:])
+                for name, names in COMMANDS.items()]
+    return "\n".join(["Usage", usage, "", "Presets", *presets, "",
+                      "Commands, with the settings that they read", *commands, "",
+                      "Settings: --NAME=value", *settings])
 
 
 # --------------------------------------------------------------------------------- the whole job
@@ -1571,10 +1604,11 @@ def load_all(settings, device):
                        "paper's.\n")
         name = "RenderedDigits"
         whole = load_dataset(name, "train", settings, device)
-    kept = len(whole.y) - settings.VALIDATION_IMAGES
+    n = len(whole.y)
+    kept = n - min(settings.VALIDATION_IMAGES, max(n // 4, settings.NUM_EXAMPLES))
     if kept < settings.NUM_EXAMPLES:
-        raise UserError(f"{name} has {len(whole.y)} training images: too few to keep VALIDATION_"
-                        f"IMAGES={settings.VALIDATION_IMAGES} of them apart.")
+        raise UserError(f"{name} has {n} images to train on: too few for sequences of NUM_EXAMPLES="
+                        f"{settings.NUM_EXAMPLES}, with as many kept apart for validation.")
     training = whole._replace(x=whole.x[:kept], y=whole.y[:kept])
     validation = whole._replace(x=whole.x[kept:], y=whole.y[kept:])
 
@@ -1651,7 +1685,7 @@ def run(preset, settings):
     announce(preset, settings, device, why, precision, data, model, folder, log)
 
     report, final = folder / "results.json", folder / "model.pt"
-    if report.exists():
+    if report.exists() and final.exists():
         results = json.loads(report.read_text())
         log("\n".join(result_table(results)))
         log(f"\nThis run was finished before. To make it afresh, delete {folder}")
@@ -1692,7 +1726,7 @@ def test_and_report(model, tests, settings, precision, folder, log, began, facts
     results["total_seconds"] = time.time() - began
     with replacing(folder / "results.json") as temporary:      # last: it marks the run as finished
         temporary.write_text(json.dumps(results, indent=1))
-    log(f"Finished after {results['total_seconds']:.0f} s in all.")
+    log(f"Finished, {results['total_seconds']:.0f} s after the start of this command.")
     log("\n".join(result_table(results)))
     return results
 
@@ -1715,8 +1749,8 @@ def evaluate_checkpoint(settings, flags):
     notices, name = [], saved["settings"]["TRAIN_DATASET"]
     name = saved["trained_on"] if name == "auto" else name
     tests = load_tests(name, settings, device, notices)
-    folder = make_folder(path.parent / plain(
-        f"evaluation-{'-'.join(tests)}-after-{settings.NUM_EXAMPLES - 1}"))
+    key = digest(path.resolve(), sorted(vars(settings).items()))
+    folder = make_folder(Path(settings.OUT_DIR, f"{plain('evaluation-' + '-'.join(tests))}-{key}"))
     log = log_to(folder / "log.txt")
     for notice in notices:
         log(notice)
@@ -1733,9 +1767,12 @@ def classify(settings):
         if not getattr(settings, name):
             raise UserError(f"classify needs a {name}; add --{name}=path of a .csv or .npz file.")
     path = newest_checkpoint(settings)
-    x, y = read_examples(settings.TRAIN_FILE, settings.LABEL_COLUMN)
+    x, y, names = read_examples(settings.TRAIN_FILE, settings.LABEL_COLUMN)
     features = as_rows(x).shape[1]
-    rows, labels = read_examples(settings.TEST_FILE, settings.LABEL_COLUMN, features)
+    rows, labels, others = read_examples(settings.TEST_FILE, settings.LABEL_COLUMN, features)
+    if names and others and names != others:
+        raise UserError(f"the columns of TEST_FILE ({', '.join(others)}) are not those of "
+                        f"TRAIN_FILE ({', '.join(names)}), in their order.")
     classifier = InContextClassifier(path, settings.N_ENSEMBLE, random_state=settings.SEED)
     probabilities = classifier.fit(x, y).predict_proba(rows)
     predicted = classifier.classes_[probabilities.argmax(1)]
@@ -1754,6 +1791,9 @@ def classify(settings):
           f"{settings.PREDICTIONS_FILE}")
     if labels is not None:
         labels = as_labels(labels, len(rows))
+        if not np.isin(labels.astype(str), classifier.classes_.astype(str)).any():
+            raise UserError(f"none of TEST_FILE's labels ({labels[0]!s} ...) is one of the "
+                            f"examples' ({', '.join(map(str, classifier.classes_))}).")
         right = (predicted.astype(str) == labels.astype(str)).sum()
         low, high = interval(right, len(rows))
         print(f"Accuracy     {100 * right / len(rows):.1f} % "
@@ -1780,7 +1820,7 @@ def main(arguments):
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
-        print(str(stopped) or "Stopped; the same command continues from the last checkpoint.")
+        print(str(stopped) or "Stopped; run the same command again to go on.")
         return 130
     return 0
 

@@ -231,7 +231,7 @@ def test_saved_and_loaded_it_predicts_the_same(model_file, tmp_path):
     (np.eye(2), [[0], [0, 1]], "lists of several lengths"),
     (np.eye(12), range(12), "12 classes; this model tells 2 to 10 classes apart"),
     (np.eye(3), [1, 1, 1], "1 classes"),
-    (np.array([[1, np.nan], [2, 3]]), [0, 1], "none of them NaN"),
+    (np.array([[1, 2], [2, np.nan]]), [0, 1], "NaN, infinite or huge numbers, first in row 2"),
     ([["red", 1], ["blue", 2]], [0, 1], "can't be read as an array of numbers"),
     ([[1, 2], [1]], [0, 1], "can't be read as an array of numbers"),
     (5, [0, 1], "at least one row"),
@@ -348,6 +348,10 @@ def test_classify_from_csv_files(model_file, tmp_path, capsys, monkeypatch):
         assert "Accuracy" not in capsys.readouterr().out
         assert open("again.csv").read() == open("predictions.csv").read()
 
+    # pandas' own names for columns are a header: 0, 1, 2 ...
+    pandas = write(tmp_path / "pandas.csv", [[*range(6), "kind"], *rows[:40]])
+    assert gpicl.read_examples(pandas, "last")[0].shape == (40, 6)
+
     # labels that look like numbers, with spaces, against numbers
     spaced = write(tmp_path / "spaced.csv", [[*x, f" {c}"] for x, c in zip(X[:40], y[:40])])
     np.savez(tmp_path / "numbers.npz", x=X[40:], y=y[40:])
@@ -368,16 +372,24 @@ def test_classify_says_what_is_wrong(model_file, tmp_path, fails):
     assert "needs a TRAIN_FILE" in fails(*command)
     assert "needs a TEST_FILE" in fails(*command, f"--TRAIN_FILE={good}")
     for name, rows, words in (
-            ("word", [[1, "red", "a"], [3, "blue", "b"], [3, "x", "b"]], "'blue' in line 2 is not"),
-            ("hole", [[1, 2, "a"], [3, "", "b"]], "'' in line 2 is not a number"),
-            ("nan", [[1, 2, "a"], [3, "nan", "b"]], "none of them NaN"),
-            ("ragged", [[1, 2, "a"], [3, "b"]], "lines of equally many values"),
-            ("empty", [], "lines of equally many values"),
+            ("word", [[1, "red", "a"], [3, "blue", "b"], [3, "x", "b"]], "'blue' in line 2, column 2, is not a number"),
+            ("hole", [[1, 2, "a"], [3, "", "b"]], "'' in line 2, column 2, is not a number"),
+            ("nan", [[1, 2, "a"], [3, "nan", "b"]], "NaN, infinite or huge numbers, first in row 2"),
+            ("ragged", [[1, 2, "a"], [3, "b"]], "line 2 has 2 values, the first has 3"),
+            ("unlabelled", [[1, 2, "a"], [3, 2, ""]], "line 2 has no label in column 3"),
+            ("index", [["", "a", "kind"], [3, 2, "a"]], "column 1 has no name"),
+            ("empty", [], "has 0 columns"),
             ("narrow", [[1], [2]], "has 1 columns; expected 2")):
         bad = write(tmp_path / f"{name}.csv", rows)
         flag = "TEST_FILE" if name == "narrow" else "TRAIN_FILE"
         other = "TRAIN_FILE" if name == "narrow" else "TEST_FILE"
         assert words in fails(*command, f"--{flag}={bad}", f"--{other}={good}")
+    named, other = (write(tmp_path / f"{a}{b}.csv", [[a, b, "kind"], [1, 2, "x"], [3, 4, "y"]])
+                    for a, b in ("ab", "ba"))
+    assert "TEST_FILE (b, a) are not those of TRAIN_FILE (a, b)" in fails(
+        *command, f"--TRAIN_FILE={named}", f"--TEST_FILE={other}")
+    assert "none of TEST_FILE's labels (x ...) is one of the examples' (a, b)" in fails(
+        *command, f"--TRAIN_FILE={good}", f"--TEST_FILE={named}")
     header = write(tmp_path / "header.csv", [["a", "b", "label"]])
     assert "at least one row" in fails(*command, f"--TRAIN_FILE={header}", f"--TEST_FILE={good}")
     both = [*command, f"--TRAIN_FILE={good}", f"--TEST_FILE={good}"]
@@ -403,19 +415,21 @@ def test_evaluate_gives_the_curves_of_training_again_and_of_other_data(tiny_flag
     assert gpicl.main([*command, f"--EVAL_DATASETS={blobs},{tmp_path}/wide.npz"]) == 0
     printed = capsys.readouterr().out
     assert "blobs@11: " in printed and "wide@11: " in printed
-    trained, = (tmp_path / "runs").glob("*/results.json")
-    again, = (tmp_path / "runs").glob("*/evaluation-blobs-wide-after-11/results.json")
+    trained, = (tmp_path / "runs").glob("blobs-*/results.json")
+    again, = (tmp_path / "runs").glob("evaluation-blobs-wide-*/results.json")
     again = json.loads(again.read_text())
     assert set(again["data_sets"]) == {"blobs", "wide"} and again["trained_on"].endswith("blobs.npz")
     assert again["settings"]["AVERAGED_PASSES"] == 2     # as in training
     assert json.loads(trained.read_text())["settings"]["STEPS"] == again["settings"]["STEPS"]
     # the rows that were trained on are never tested on, under whatever name the file goes
-    for name in (blobs, tmp_path / "runs" / ".." / "blobs.npz", "auto"):
+    for name in (blobs, tmp_path / "runs" / ".." / "blobs.npz"):
         assert gpicl.main([*command, f"--EVAL_DATASETS={name}"]) == 0
         assert "blobs@11" in capsys.readouterr().out
-        same, = (tmp_path / "runs").glob("*/evaluation-blobs-after-11/results.json")
-        same = json.loads(same.read_text())["data_sets"]["blobs"]["curves"]
-        assert same == json.loads(trained.read_text())["data_sets"]["blobs"]["curves"]
+    same = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob(
+        "evaluation-blobs-??????/results.json")]
+    assert len(same) == 2                                # a folder each: nothing is overwritten
+    curves = json.loads(trained.read_text())["data_sets"]["blobs"]["curves"]
+    assert all(found["data_sets"]["blobs"]["curves"] == curves for found in same)
     assert gpicl.main([*command, f"--EVAL_DATASETS={blobs}", "--NUM_EXAMPLES=20"]) == 0
     assert "blobs@19: " in capsys.readouterr().out       # longer than it was trained
     assert "evaluate does not read STEPS" in fails(*command, "--STEPS=3")
