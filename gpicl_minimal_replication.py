@@ -1696,7 +1696,8 @@ def run(preset, settings):
         return None                                      # the rest is the first process's work
     fit_temperature(model, validation, settings, precision)
     save_checkpoint(final, settings, model, progress=progress, trained_on=training.name)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    for done in folder.glob("checkpoint*.pt"):           # and what a kill left half written
+        done.unlink(missing_ok=True)
     with contextlib.suppress(shutil.SameFileError):      # it may be the copy that runs
         shutil.copyfile(__file__, folder / Path(__file__).name)
     fast = speed(model, training, settings, progress, precision, log)
