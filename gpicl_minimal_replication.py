@@ -402,6 +402,12 @@ class InContextTransformer(nn.Module):
         nn.init.zeros_(self.head.weight)
         self.register_buffer("temperature", torch.ones(()))          # set by fit_temperature
 
+    def check_context(self, n):
+        """Raise UserError if n examples are more than there are learnt positions for."""
+        if self.positions is not None and n >= len(self.positions):
+            raise UserError(f"{n} examples; this model with TOKEN_FORMAT=paper has learnt "
+                            f"positions for at most {len(self.positions) - 1} examples.")
+
     def forward(self, x, y, queries=1):
         """Return logits (B, T, C) for x (B, T, P) and y (B, T); those of i never use y_i.
 
@@ -527,7 +533,8 @@ def meta_train(model, dataset, validation, settings, folder, precision, log):
             bar.set_postfix(loss=f"{loss:.3f}", rate=f"{rate:.1e}", refresh=False)
             done = step + 1 == settings.STEPS
             if rank == 0 and (done or (step + 1) % settings.ROW_EVERY == 0):
-                hits = count_hits(model, validation, settings.ROW_SEQUENCES, settings, precision)
+                hits, *_ = count_hits(model, validation, settings.ROW_SEQUENCES, settings,
+                                      precision)
                 progress["rows"].append(dict(
                     step=step + 1, seconds=progress["seconds"], loss=loss, rate=rate,
                     accuracy=(hits["Transformer"] / settings.ROW_SEQUENCES).tolist()))
@@ -609,13 +616,15 @@ def evaluation_batches(dataset, n_sequences, settings, num_tasks=0):
 @torch.no_grad()
 def count_hits(model, dataset, n_sequences, settings, precision, num_tasks=0, lengths=()):
     """Return {learner: in how many sequences it was right}: ours after 0 .. T - 1 examples, the
-    classical learners' after each number of examples in `lengths`, on the same sequences.
+    classical learners' after each number of examples in `lengths`, on the same sequences; and our
+    logits (n, C) for the last examples, with their labels (n,).
     """
-    hits = {"Transformer": np.zeros(settings.NUM_EXAMPLES, int)}
+    last, hits = [], {"Transformer": np.zeros(settings.NUM_EXAMPLES, int)}
     hits |= {name: np.zeros(len(lengths), int) for name in CLASSICAL if len(lengths)}
     for x, y in evaluation_batches(dataset, n_sequences, settings, num_tasks):
-        right = logits_of(model, x, y, precision).argmax(-1) == y
-        hits["Transformer"] += right.sum(0).cpu().numpy()
+        logits = logits_of(model, x, y, precision)
+        hits["Transformer"] += (logits.argmax(-1) == y).sum(0).cpu().numpy()
+        last.append((logits[:, -1].cpu(), y[:, -1].cpu()))
         products, y = (x @ x.mT).cpu() if len(lengths) else None, y.cpu()
         for i, n in enumerate(lengths):
             targets = F.one_hot(y[:, :n], C).float()
@@ -623,7 +632,7 @@ def count_hits(model, dataset, n_sequences, settings, precision, num_tasks=0, le
                 scores = learner(products[:, :n + 1, :n + 1], targets)[:, 0]
                 scores = scores.masked_fill(targets.sum(1) == 0, -math.inf)
                 hits[name][i] += (scores.argmax(-1) == y[:, n]).sum().item()
-    return hits
+    return hits, *(torch.cat(part) for part in zip(*last))
 
 
 @torch.no_grad()
@@ -654,14 +663,16 @@ def count_averaged_hits(model, dataset, n_sequences, settings, precision):
 
 
 def evaluate(model, dataset, settings, precision, num_tasks=0):
-    """Return {learner: curve} on EVAL_SEQUENCES meta-test sequences of unseen tasks.
+    """Return {learner: curve} on EVAL_SEQUENCES meta-test sequences of unseen tasks, and the
+    model's calibration error after the longest context.
 
     With `num_tasks`, on tasks of that fixed set. A curve is a dict of lists: examples, accuracy and
     its 95 % interval low, high.
     """
     n, lengths = settings.EVAL_SEQUENCES, context_lengths(settings)[1:]
-    found = {name: (range(len(hits)) if name == "Transformer" else lengths, hits) for name, hits in
-             count_hits(model, dataset, n, settings, precision, num_tasks, lengths).items()}
+    hits, *last = count_hits(model, dataset, n, settings, precision, num_tasks, lengths)
+    found = {name: (range(len(counts)) if name == "Transformer" else lengths, counts)
+             for name, counts in hits.items()}
     if settings.AVERAGED_PASSES and not num_tasks:
         hits = count_averaged_hits(model, dataset, n, settings, precision)
         found[f"mean of {settings.AVERAGED_PASSES} passes"] = lengths[-1:], np.array([hits])
@@ -670,20 +681,12 @@ def evaluate(model, dataset, settings, precision, num_tasks=0):
         low, high = interval(hits, n)
         curves[name] = dict(examples=list(examples), accuracy=(hits / n).tolist(),
                             low=low.tolist(), high=high.tolist(), sequences=n)
-    return curves
-
-
-@torch.no_grad()
-def last_logits(model, dataset, n_sequences, settings, precision, num_tasks=0):
-    """Return logits (n, C) and labels (n,) of the last examples of so many meta-test sequences."""
-    pairs = [(logits_of(model, x, y, precision)[:, -1].cpu(), y[:, -1].cpu())
-             for x, y in evaluation_batches(dataset, n_sequences, settings, num_tasks)]
-    return tuple(torch.cat(part) for part in zip(*pairs))
+    return curves, calibration(model, *last)
 
 
 def fit_temperature(model, validation, settings, precision):
     """Set the temperature that makes the model's probabilities fit validation tasks best."""
-    logits, y = last_logits(model, validation, settings.ROW_SEQUENCES, settings, precision)
+    _, logits, y = count_hits(model, validation, settings.ROW_SEQUENCES, settings, precision)
     grid = torch.logspace(-0.5, 0.5, 101)
     losses = torch.stack([F.cross_entropy(logits / temperature, y) for temperature in grid])
     model.temperature.fill_(grid[losses.argmin()])
@@ -699,12 +702,9 @@ def calibration_error(probabilities, y, bins=15):
     return (gap.abs().sum() / len(y)).item()
 
 
-def calibration(model, dataset, settings, precision, num_tasks=0):
-    """Return the calibration error after the longest context, raw and with the temperature, on the
-    first 1,024 meta-test sequences.
-    """
-    logits, y = last_logits(model, dataset, min(1024, settings.EVAL_SEQUENCES), settings,
-                            precision, num_tasks)
+def calibration(model, logits, y, most=1024):
+    """Return the calibration error, raw and with the temperature, of the first logits (n, C)."""
+    logits, y = logits[:most], y[:most]
     return dict(raw=calibration_error(logits.softmax(1), y),
                 fitted=calibration_error((logits / model.temperature.cpu()).softmax(1), y))
 
@@ -764,10 +764,7 @@ class InContextClassifier:
         self.network_ = self.model
         if not isinstance(self.model, nn.Module):
             self.network_ = load_model(self.model, choose_device("auto")[0])[0]
-        positions = self.network_.positions
-        if positions is not None and len(x) >= len(positions):
-            raise UserError(f"{len(x)} examples; this model with TOKEN_FORMAT=paper has learnt "
-                            f"positions for at most {len(positions) - 1} examples.")
+        self.network_.check_context(len(x))
         # Numbered as they first appear: other names for the classes change nothing but names.
         self.slots_ = torch.as_tensor(first.argsort().argsort())
         self.labels_ = self.slots_[torch.as_tensor(numbers)]
@@ -834,7 +831,7 @@ class InContextClassifier:
         if self.classes_.dtype.kind not in "biufUO":
             raise UserError(f"labels of type {self.classes_.dtype} can't be saved; use words or "
                             "numbers.")
-        params = {name: getattr(value, "item", lambda value=value: value)()
+        params = {name: np.asarray(value).item()         # NumPy's numbers would not load
                   for name, value in self.get_params().items() if name != "model"}
         state = dict(params={**params, "scaling": self.scaling_}, x=self.examples_[0],
                      y=self.examples_[1].tolist())
@@ -1040,18 +1037,17 @@ def npz_arrays(path, labels=True):
     """Return x and y of an .npz file; where `labels` need not be there, y may be None."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = {"x", "y"} - set(file) if labels else {"x"} - set(file)
-            if missing:
-                raise UserError(f"{path} has no array {' and no '.join(sorted(missing))}; expected "
-                                "x (n, ...) and y (n,).")
-            return file["x"], file["y"] if "y" in file else None
+            arrays = {name: file[name] for name in ("x", "y") if name in file}
     except FileNotFoundError as error:
         raise DataUnavailable(f"there is no file {path}; give the path of an .npz file.") from error
-    except UserError:
-        raise
     except Exception as error:                           # zipfile and numpy raise many kinds
         raise UserError(f"{path} can't be read as an .npz file ({error}); make it again with "
                         "numpy.savez(path, x=x, y=y).") from error
+    missing = [name for name in ("x", "y") if name not in arrays and (labels or name == "x")]
+    if missing:
+        raise UserError(f"{path} has no array {' and no '.join(missing)}; expected x (n, ...) and "
+                        "y (n,).")
+    return arrays["x"], arrays.get("y")
 
 
 def number(text):
@@ -1535,14 +1531,18 @@ def result_table(results):
     return lines
 
 
-def write_csv(path, results):
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["data_set", "learner", "examples", "accuracy", "low", "high"])
-        for name, entry in results["data_sets"].items():
-            for learner, curve in entry["curves"].items():
-                for point in zip(curve["examples"], curve["accuracy"], curve["low"], curve["high"]):
-                    writer.writerow([name, learner, *point])
+def write_csv(path, rows):
+    """Write lists of cells to a .csv file, which is never half written."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def curve_rows(results):
+    """Return all curves as the rows of a .csv file."""
+    return [["data_set", "learner", "examples", "accuracy", "low", "high"]] + [
+        [name, learner, *point] for name, entry in results["data_sets"].items()
+        for learner, curve in entry["curves"].items() for point in zip(
+            curve["examples"], curve["accuracy"], curve["low"], curve["high"])]
 
 
 def plot(path, results):
@@ -1611,7 +1611,6 @@ def load_all(settings, device):
                         f"{settings.NUM_EXAMPLES}, with as many kept apart for validation.")
     training = whole._replace(x=whole.x[:kept], y=whole.y[:kept])
     validation = whole._replace(x=whole.x[kept:], y=whole.y[kept:])
-
     return training, validation, load_tests(name, settings, device, notices), notices
 
 
@@ -1711,10 +1710,9 @@ def test_and_report(model, tests, settings, precision, folder, log, began, facts
     device, trained, data_sets = model.head.weight.device, time.time(), {}
     comparable = facts["trained_on"] == "MNIST" and settings.NUM_EXAMPLES == 100
     for row, (dataset, num_tasks) in tests.items():
-        data_sets[row] = dict(
-            classes=dataset.classes, paper=PAPER.get(row, {}) if comparable else {},
-            calibration_error=calibration(model, dataset, settings, precision, num_tasks),
-            curves=evaluate(model, dataset, settings, precision, num_tasks))
+        curves, error = evaluate(model, dataset, settings, precision, num_tasks)
+        data_sets[row] = dict(classes=dataset.classes, calibration_error=error, curves=curves,
+                              paper=PAPER.get(row, {}) if comparable else {})
     results = dict(
         **facts, settings=vars(settings), data_sets=data_sets,
         context_lengths=context_lengths(settings), device=device.type, precision=precision,
@@ -1722,7 +1720,7 @@ def test_and_report(model, tests, settings, precision, folder, log, began, facts
             python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
         parameters=sum(p.numel() for p in model.parameters()),
         temperature=model.temperature.item(), evaluation_seconds=time.time() - trained)
-    write_csv(folder / "curves.csv", results)
+    write_csv(folder / "curves.csv", curve_rows(results))
     plot(folder / "accuracy_by_examples.png", results)
     results["total_seconds"] = time.time() - began
     with replacing(folder / "results.json") as temporary:      # last: it marks the run as finished
@@ -1744,9 +1742,7 @@ def evaluate_checkpoint(settings, flags):
     check_settings(settings)
     if "trained_on" not in saved:
         raise UserError(f"{path} is not the model.pt of a run; give one with --CHECKPOINT=path.")
-    if model.positions is not None and settings.NUM_EXAMPLES > len(model.positions):
-        raise UserError(f"NUM_EXAMPLES={settings.NUM_EXAMPLES}; this model with TOKEN_FORMAT=paper "
-                        f"has learnt positions for {len(model.positions)} examples.")
+    model.check_context(settings.NUM_EXAMPLES - 1)
     notices, name = [], saved["settings"]["TRAIN_DATASET"]
     name = saved["trained_on"] if name == "auto" else name
     tests = load_tests(name, settings, device, notices)
@@ -1778,12 +1774,9 @@ def classify(settings):
     probabilities = classifier.fit(x, y).predict_proba(rows)
     predicted = classifier.classes_[probabilities.argmax(1)]
     try:
-        with replacing(Path(settings.PREDICTIONS_FILE)) as temporary, open(
-                temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["prediction", *(f"p({name})" for name in classifier.classes_)])
-            for name, row in zip(predicted, probabilities):
-                writer.writerow([name, *(f"{p:.4f}" for p in row)])
+        write_csv(Path(settings.PREDICTIONS_FILE), [
+            ["prediction", *(f"p({name})" for name in classifier.classes_)],
+            *([name, *(f"{p:.4f}" for p in row)] for name, row in zip(predicted, probabilities))])
     except (OSError, ValueError) as error:
         raise UserError(f"can't write PREDICTIONS_FILE={settings.PREDICTIONS_FILE}: {error}."
                         ) from error

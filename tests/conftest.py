@@ -48,6 +48,17 @@ def tiny_flags(blobs_file, tmp_path):
     return lambda **more: [f"--{name}={value}" for name, value in {**flags, **more}.items()]
 
 
+@pytest.fixture
+def fails(capsys):
+    """Return a function: the one line of error that a command line ends with."""
+    def check(arguments):
+        assert gpicl.main([str(word) for word in arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+    return check
+
+
 @pytest.fixture(scope="session")
 def real_data(tmp_path_factory):
     """Return a writable folder with the real MNIST and FashionMNIST, or skip."""

@@ -13,6 +13,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from test_model import FORMATS, lively_model
+from test_training import train
 
 InContextClassifier, UserError = gpicl.InContextClassifier, gpicl.UserError
 
@@ -24,11 +25,7 @@ def model(blobs):
     chosen = gpicl.default_settings(**{**TINY, "NUM_EXAMPLES": 30, "STEPS": 150, "BATCH_SIZE": 16,
                                        "PROJECTION_SIZE": 64})
     network = gpicl.InContextTransformer(chosen)
-    optimizers = gpicl.make_optimizers(network, chosen)
-    for step in range(chosen.STEPS):
-        x, y = gpicl.draw_sequences(blobs, chosen.BATCH_SIZE, chosen, ("classifier", step))
-        rate = gpicl.learning_rate(step, chosen)
-        gpicl.update(network, optimizers, x, y, rate, "fp32", 1.0)
+    train(network, blobs, chosen)
     return network
 
 
@@ -213,7 +210,7 @@ def test_it_works_inside_scikit_learn(model):
 
 def test_saved_and_loaded_it_predicts_the_same(model_file, tmp_path):
     X, y = table(features=16)
-    X = X.reshape(-1, 4, 4)                              # images: rows of them would look like a table
+    X = X.reshape(-1, 4, 4)                              # as rows they would be a table
     names = np.array(["ape", "bee", "cat"])[y]
     classifier = InContextClassifier(str(model_file), n_ensemble=np.int64(2)).fit(
         X[:40], names[:40])
@@ -298,21 +295,12 @@ def test_the_fitted_temperature_mends_overconfidence(blobs, tiny):
     network, chosen = Overconfident(), tiny(ROW_SEQUENCES=1024, EVAL_SEQUENCES=4096)
     gpicl.fit_temperature(network, blobs, chosen, "fp32")
     assert 2 < network.temperature.item() <= 3.2
-    found = gpicl.calibration(network, blobs, chosen, "fp32")
+    _, *last = gpicl.count_hits(network, blobs, chosen.EVAL_SEQUENCES, chosen, "fp32")
+    found = gpicl.calibration(network, *last)
     assert found["fitted"] < 0.1 < found["raw"]
 
 
 # ------------------------------------------------------------------------------------ commands
-@pytest.fixture
-def fails(capsys):
-    def check(*arguments):
-        assert gpicl.main([str(word) for word in arguments]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1
-        return error
-    return check
-
-
 def write(path, rows, separator=","):
     path.write_text("".join(separator.join(map(str, row)) + "\n" for row in rows))
     return path
@@ -338,8 +326,8 @@ def test_classify_from_csv_files(model_file, tmp_path, capsys, monkeypatch):
     assert abs(sum(float(found[0][f"p({name})"]) for name in ("ape", "bee", "cat")) - 1) < 1e-3
 
     # other layouts of the same data: labels first, by name or number; semicolons; no labels
-    first = write(tmp_path / "first.csv", [["kind", *"abcdef"], *([r[-1], *r[:-1]] for r in rows[:40])],
-                  ";")
+    turned = [[row[-1], *row[:-1]] for row in rows[:40]]
+    first = write(tmp_path / "first.csv", [["kind", *"abcdef"], *turned], ";")
     bare = write(tmp_path / "bare.csv", [list(x) for x in X[40:]])
     for column in ("kind", "1"):
         assert gpicl.main(["classify", f"--CHECKPOINT={model_file}", f"--TRAIN_FILE={first}",
@@ -369,12 +357,14 @@ def test_classify_from_csv_files(model_file, tmp_path, capsys, monkeypatch):
 def test_classify_says_what_is_wrong(model_file, tmp_path, fails):
     good = write(tmp_path / "good.csv", [[1, 2, "a"], [3, 4, "b"], [5, 6, "a"]])
     command = ["classify", f"--CHECKPOINT={model_file}"]
-    assert "needs a TRAIN_FILE" in fails(*command)
-    assert "needs a TEST_FILE" in fails(*command, f"--TRAIN_FILE={good}")
+    assert "needs a TRAIN_FILE" in fails([*command])
+    assert "needs a TEST_FILE" in fails([*command, f"--TRAIN_FILE={good}"])
     for name, rows, words in (
-            ("word", [[1, "red", "a"], [3, "blue", "b"], [3, "x", "b"]], "'blue' in line 2, column 2, is not a number"),
+            ("word", [[1, "red", "a"], [3, "blue", "b"], [3, "x", "b"]],
+             "'blue' in line 2, column 2, is not a number"),
             ("hole", [[1, 2, "a"], [3, "", "b"]], "'' in line 2, column 2, is not a number"),
-            ("nan", [[1, 2, "a"], [3, "nan", "b"]], "NaN, infinite or huge numbers, first in row 2"),
+            ("nan", [[1, 2, "a"], [3, "nan", "b"]],
+             "NaN, infinite or huge numbers, first in row 2"),
             ("ragged", [[1, 2, "a"], [3, "b"]], "line 2 has 2 values, the first has 3"),
             ("unlabelled", [[1, 2, "a"], [3, 2, ""]], "line 2 has no label in column 3"),
             ("index", [["", "a", "kind"], [3, 2, "a"]], "column 1 has no name"),
@@ -383,25 +373,26 @@ def test_classify_says_what_is_wrong(model_file, tmp_path, fails):
         bad = write(tmp_path / f"{name}.csv", rows)
         flag = "TEST_FILE" if name == "narrow" else "TRAIN_FILE"
         other = "TRAIN_FILE" if name == "narrow" else "TEST_FILE"
-        assert words in fails(*command, f"--{flag}={bad}", f"--{other}={good}")
+        assert words in fails([*command, f"--{flag}={bad}", f"--{other}={good}"])
     named, other = (write(tmp_path / f"{a}{b}.csv", [[a, b, "kind"], [1, 2, "x"], [3, 4, "y"]])
                     for a, b in ("ab", "ba"))
-    assert "TEST_FILE (b, a) are not those of TRAIN_FILE (a, b)" in fails(
-        *command, f"--TRAIN_FILE={named}", f"--TEST_FILE={other}")
-    assert "none of TEST_FILE's labels (x ...) is one of the examples' (a, b)" in fails(
-        *command, f"--TRAIN_FILE={good}", f"--TEST_FILE={named}")
+    assert "TEST_FILE (b, a) are not those of TRAIN_FILE (a, b)" in fails([
+        *command, f"--TRAIN_FILE={named}", f"--TEST_FILE={other}"])
+    assert "none of TEST_FILE's labels (x ...) is one of the examples' (a, b)" in fails([
+        *command, f"--TRAIN_FILE={good}", f"--TEST_FILE={named}"])
     header = write(tmp_path / "header.csv", [["a", "b", "label"]])
-    assert "at least one row" in fails(*command, f"--TRAIN_FILE={header}", f"--TEST_FILE={good}")
+    assert "at least one row" in fails([*command, f"--TRAIN_FILE={header}", f"--TEST_FILE={good}"])
     both = [*command, f"--TRAIN_FILE={good}", f"--TEST_FILE={good}"]
-    assert "can't write PREDICTIONS_FILE" in fails(*both, "--PREDICTIONS_FILE=")
-    assert "no column 'kind'" in fails(*both, "--LABEL_COLUMN=kind")
-    assert "no column '9'" in fails(*both, "--LABEL_COLUMN=9")
-    assert "can't read" in fails(*command, "--TRAIN_FILE=nowhere.csv", f"--TEST_FILE={good}")
-    assert "can't write PREDICTIONS_FILE" in fails(*both, f"--PREDICTIONS_FILE={tmp_path}/no/p.csv")
-    assert "classify does not read STEPS" in fails(*both, "--STEPS=3")
-    assert "TRAIN_FILE belongs to the command classify" in fails(f"--TRAIN_FILE={good}")
-    assert "there is no model.pt in OUT_DIR" in fails(
-        "classify", *both[2:], f"--OUT_DIR={tmp_path}/none")
+    assert "can't write PREDICTIONS_FILE" in fails([*both, "--PREDICTIONS_FILE="])
+    assert "no column 'kind'" in fails([*both, "--LABEL_COLUMN=kind"])
+    assert "no column '9'" in fails([*both, "--LABEL_COLUMN=9"])
+    assert "can't read" in fails([*command, "--TRAIN_FILE=nowhere.csv", f"--TEST_FILE={good}"])
+    assert "can't write PREDICTIONS_FILE" in fails(
+        [*both, f"--PREDICTIONS_FILE={tmp_path}/no/p.csv"])
+    assert "classify does not read STEPS" in fails([*both, "--STEPS=3"])
+    assert "TRAIN_FILE belongs to the command classify" in fails([f"--TRAIN_FILE={good}"])
+    assert "there is no model.pt in OUT_DIR" in fails([
+        "classify", *both[2:], f"--OUT_DIR={tmp_path}/none"])
 
 
 def test_evaluate_gives_the_curves_of_training_again_and_of_other_data(tiny_flags, tmp_path, capsys,
@@ -418,7 +409,8 @@ def test_evaluate_gives_the_curves_of_training_again_and_of_other_data(tiny_flag
     trained, = (tmp_path / "runs").glob("blobs-*/results.json")
     again, = (tmp_path / "runs").glob("evaluation-blobs-wide-*/results.json")
     again = json.loads(again.read_text())
-    assert set(again["data_sets"]) == {"blobs", "wide"} and again["trained_on"].endswith("blobs.npz")
+    assert set(again["data_sets"]) == {"blobs", "wide"}
+    assert again["trained_on"].endswith("blobs.npz")
     assert again["settings"]["AVERAGED_PASSES"] == 2     # as in training
     assert json.loads(trained.read_text())["settings"]["STEPS"] == again["settings"]["STEPS"]
     # the rows that were trained on are never tested on, under whatever name the file goes
@@ -432,6 +424,6 @@ def test_evaluate_gives_the_curves_of_training_again_and_of_other_data(tiny_flag
     assert all(found["data_sets"]["blobs"]["curves"] == curves for found in same)
     assert gpicl.main([*command, f"--EVAL_DATASETS={blobs}", "--NUM_EXAMPLES=20"]) == 0
     assert "blobs@19: " in capsys.readouterr().out       # longer than it was trained
-    assert "evaluate does not read STEPS" in fails(*command, "--STEPS=3")
-    assert "there is no checkpoint" in fails("evaluate", "--CHECKPOINT=nowhere.pt")
-    assert "truncated or not a checkpoint.\n" in fails("evaluate", f"--CHECKPOINT={blobs}")
+    assert "evaluate does not read STEPS" in fails([*command, "--STEPS=3"])
+    assert "there is no checkpoint" in fails(["evaluate", "--CHECKPOINT=nowhere.pt"])
+    assert "truncated or not a checkpoint.\n" in fails(["evaluate", f"--CHECKPOINT={blobs}"])

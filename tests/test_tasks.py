@@ -39,7 +39,8 @@ def test_fresh_projection_has_the_law_of_the_full_one():
 
 
 def test_every_sequence_gets_a_projection_of_its_own(blobs, tiny):
-    x = gpicl.project_afresh(gpicl.span(blobs.x[:12].expand(2, -1, -1)), tiny(), torch.Generator().manual_seed(0))
+    coordinates = gpicl.span(blobs.x[:12].expand(2, -1, -1))
+    x = gpicl.project_afresh(coordinates, tiny(), torch.Generator().manual_seed(0))
     assert not torch.allclose(x[0], x[1], atol=0.1)
 
 
