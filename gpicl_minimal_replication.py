@@ -32,8 +32,10 @@ import contextlib
 import csv
 import ctypes
 import difflib
+import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -47,7 +49,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -67,7 +69,8 @@ OUT_DIR = "runs"             # every run gets a folder of its own in here
 
 # Data: torchvision's name, or the path of an .npz file with x and y
 TRAIN_DATASET = "auto"       # auto: MNIST, or rendered digits where MNIST can't be had
-EVAL_DATASETS = "auto"       # comma-separated; auto: TRAIN_DATASET's test images and FashionMNIST
+EVAL_DATASETS = "auto"       # comma-separated; auto: TRAIN_DATASET's test images and FashionMNIST;
+                             # a name with ? only if it can be had; Random: random points as classes
 IMAGE_SIZE = 28              # images are resized to this height and width (paper: 32)
 VALIDATION_IMAGES = 5000     # last training images, never trained on; a quarter of them at most
 
@@ -78,12 +81,17 @@ PROJECTION_SIZE = 784        # numbers that the random projection turns an image
 BIASED_FRACTION = 0.0        # share of each batch with one fixed label permutation (paper: 0.9)
 
 # Model
+ARCHITECTURE = "transformer"  # lstm, outer_lstm, deltanet, mlp, vsml, vsml_free, maml
 TOKEN_FORMAT = "pairs"       # pairs: (A x_i, A x_i-1, y_i-1); paper: (A x_i, y_i-1)
 COMPARE_IMAGES = True        # give attention the cosines between images (pairs only); False: not
+GUIDED_START = True          # without cosines, layer 1 starts by comparing (paper: looking back)
+ATTENTION_SCALE = 2.0        # start of the scale of the scores: from 2 to this over the heads
+OUTPUT_STD = 0.0             # start of what layers add to the stream, times 1/sqrt(its inputs)
 MODEL_SIZE = 128             # width of the residual stream
 NUM_LAYERS = 6               # each is attention, then an MLP
 NUM_HEADS = 4                # attention heads per layer
-MLP_SIZE = 512               # hidden units of each MLP
+MLP_SIZE = 512               # hidden units of each MLP; 0: four times MODEL_SIZE
+CELL_SIZE = 8                # vsml: state of each of its many tiny LSTMs
 
 # Meta-training
 OPTIMIZER = "muon"           # muon (AdamW for what is not a hidden matrix) or adamw
@@ -112,15 +120,23 @@ LABEL_COLUMN = "last"        # classify: labels in a .csv: last, a header's name
 N_ENSEMBLE = 8               # classify: passes whose probabilities are averaged
 PREDICTIONS_FILE = "predictions.csv"    # classify: the labels and their probabilities
 
+# Experiments
+WAYS = 5                     # features: classes of an episode
+SHOTS = "1,5,15"             # features: examples of each class, comma-separated
+FEATURES_FILE = ""           # features: an .npz file with x (n, N) and y; none: made on the spot
+SEEDS = 3                    # runs of each kind, with SEED, SEED + 1 ...
+WORKERS = 0                  # runs at once; 0: as many as CPU cores, one on a GPU
+RESULTS_DIR = "results"      # the tables and figures of the experiments
+
 PRESETS = {
     "default": {},
     "quick": dict(STEPS=600, ROW_EVERY=100, AVERAGED_PASSES=0),
     "large": dict(MODEL_SIZE=256, NUM_LAYERS=12, NUM_HEADS=8, MLP_SIZE=1024, BATCH_SIZE=64,
                   STEPS=8000, LEARNING_RATE=3e-3),
     "paper": dict(IMAGE_SIZE=32, NUM_TASKS=2**25, PROJECTION_SIZE=3072, BIASED_FRACTION=0.9,
-                  TOKEN_FORMAT="paper", MODEL_SIZE=256, NUM_LAYERS=4, NUM_HEADS=8, MLP_SIZE=1024,
-                  OPTIMIZER="adamw", BATCH_SIZE=128, STEPS=2**18, LEARNING_RATE=3e-4,
-                  ADAM_BETA2=0.999),
+                  TOKEN_FORMAT="paper", GUIDED_START=False, OUTPUT_STD=1.0, MODEL_SIZE=256,
+                  NUM_LAYERS=4, NUM_HEADS=8, MLP_SIZE=1024, OPTIMIZER="adamw", BATCH_SIZE=128,
+                  STEPS=2**18, LEARNING_RATE=3e-4, ADAM_BETA2=0.999),
 }
 # What a command reads besides them; "evaluate" takes all else from the checkpoint.
 COMMANDS = {
@@ -129,6 +145,7 @@ COMMANDS = {
     "classify": ("CHECKPOINT", "TRAIN_FILE", "TEST_FILE", "LABEL_COLUMN", "N_ENSEMBLE",
                  "PREDICTIONS_FILE", "SEED", "OUT_DIR"),
 }
+OF_EXPERIMENTS = ("WAYS", "SHOTS", "FEATURES_FILE", "SEEDS", "WORKERS", "RESULTS_DIR")
 # ----------------------------------------------------------------------------- end of settings
 
 C = 10                                               # classes that the model tells apart
@@ -139,12 +156,17 @@ OFFSET = 3.0                                         # constant feature, where t
 MIXTURE_SCALE = 10.0                                 # makes Adam's steps fit the image mixtures
 FORMAT = "gpicl-1"                                   # of checkpoints
 CHOICES = dict(DEVICE=("auto", "cuda", "mps", "cpu"), PRECISION=("auto", "bf16", "fp32"),
-               TOKEN_FORMAT=("pairs", "paper"), OPTIMIZER=("muon", "adamw"))
+               TOKEN_FORMAT=("pairs", "paper"), OPTIMIZER=("muon", "adamw"), ARCHITECTURE=(
+                   "transformer", "lstm", "outer_lstm", "deltanet", "mlp", "vsml", "vsml_free",
+                   "maml"))
 # The paper's table: accuracy on the 100th example after 99, meta-trained on MNIST.
 PAPER = {
     "MNIST": {"GPICL": 73.70, "SGD": 70.31, "MAML": 53.71, "VSML": 79.04, "LSTM": 25.39},
     "FashionMNIST": {"GPICL": 62.24, "SGD": 50.78, "MAML": 48.44, "VSML": 68.49, "LSTM": 28.12},
     "KMNIST": {"GPICL": 53.39, "SGD": 37.89, "MAML": 36.33, "VSML": 54.69, "LSTM": 18.10},
+    "Random": {"GPICL": 100.0, "SGD": 100.0, "MAML": 99.80, "VSML": 100.0, "LSTM": 58.72},
+    "CIFAR10": {"GPICL": 19.40, "SGD": 14.84, "MAML": 17.38, "VSML": 24.09, "LSTM": 12.11},
+    "SVHN": {"GPICL": 14.58, "SGD": 10.16, "MAML": 11.33, "VSML": 17.45, "LSTM": 11.07},
 }
 
 
@@ -292,6 +314,12 @@ def causal_mask(length, queries, device):
     return torch.where(context | (i == i[:, None]), 0.0, -math.inf)
 
 
+def compares_images(settings):
+    """Return whether attention is given the cosines between images."""
+    return settings.ARCHITECTURE == "transformer" and settings.TOKEN_FORMAT == "pairs" and (
+        settings.COMPARE_IMAGES)
+
+
 def sharpness(length, queries, trained, device):
     """Return (T, 1): what attention scores are multiplied by after n examples, log n / log trained.
 
@@ -311,6 +339,16 @@ class Surroundings(NamedTuple):
     mask: torch.Tensor | None              # (T, T) from causal_mask; None: simply causal
 
 
+def residual_output(inputs, outputs, settings):
+    """Return a matrix that writes to the residual stream; it starts at zero, or with OUTPUT_STD."""
+    matrix = nn.Linear(inputs, outputs, bias=False)
+    if settings.OUTPUT_STD:
+        nn.init.normal_(matrix.weight, std=settings.OUTPUT_STD * inputs**-0.5)
+    else:
+        nn.init.zeros_(matrix.weight)
+    return matrix
+
+
 class Attention(nn.Module):
     """Causal multi-head attention with normalised queries and keys and a learnt scale per head.
 
@@ -319,24 +357,27 @@ class Attention(nn.Module):
     The mixtures start as nearest-neighbour look-ups of several sharpnesses, in the first layer
     between query and labelled images, later half of them among labelled images.
     Without, the first layer's queries and keys are learnt projections of the images, wider than the
-    stream and tied: the black-box way to compare images well.
+    stream and tied: the black-box way to compare images well. With TOKEN_FORMAT "paper" its heads
+    start by looking at the token before, whose image is that of the label in this token.
     """
 
     def __init__(self, settings, first):
         super().__init__()
         size, self.heads = settings.MODEL_SIZE, settings.NUM_HEADS
         self.qkv = nn.Linear(size, 3 * size, bias=False)
-        self.out = nn.Linear(size, size, bias=False)
-        nn.init.zeros_(self.out.weight)
-        self.log_scale = nn.Parameter(torch.full((self.heads,), math.log(2)))
-        self.mixture = self.glance = None
-        if settings.TOKEN_FORMAT == "pairs" and settings.COMPARE_IMAGES:
+        self.out = residual_output(size, size, settings)
+        self.log_scale = nn.Parameter(torch.linspace(
+            math.log(2), math.log(settings.ATTENTION_SCALE), self.heads))
+        self.mixture = self.glance = self.back = None
+        if compares_images(settings):
             start = torch.zeros(self.heads, 4)
             for head in range(self.heads):
                 kind = 0 if first or head % 2 == 0 else 1
                 start[head, kind] = 8 * 4 ** (head / max(1, self.heads - 1))      # 8 ... 32
             self.mixture = nn.Parameter(start / MIXTURE_SCALE)
-        elif settings.TOKEN_FORMAT == "pairs" and first:
+        elif settings.GUIDED_START and first and settings.TOKEN_FORMAT == "paper":
+            self.back = nn.Parameter(torch.full((self.heads, 1, 1, 1), 10.0))
+        elif settings.GUIDED_START and first:
             self.glance = nn.Linear(settings.PROJECTION_SIZE, 128 * self.heads, bias=False)
             self.log_scale.data = torch.linspace(math.log(8), math.log(32), self.heads)
 
@@ -350,8 +391,12 @@ class Attention(nn.Module):
         scale = (self.log_scale.exp() / q.shape[-1])[:, None, None, None]    # q k' / size: cosine
         q, k = (norm(q) * (scale * around.sharpness)).to(v.dtype), norm(k).to(v.dtype)
         if self.mixture is None:
-            mixed = F.scaled_dot_product_attention(q, k, v, around.mask, scale=1.0,
-                                                   is_causal=around.mask is None)
+            mask = around.mask
+            if self.back is not None:
+                i = torch.arange(T, device=h.device)
+                before = i.clamp(max=T - around.queries)[:, None] - 1 == i
+                mask = (mask + self.back * before).to(v.dtype)
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, scale=1.0, is_causal=mask is None)
         else:
             # Written out: fused kernels take no learnt bias, or are slower with one. The cosines
             # stay in fp32, since bf16 would blur the difference between near and nearest.
@@ -361,24 +406,31 @@ class Attention(nn.Module):
             mixed = scores.softmax(-1).to(v.dtype) @ v
         return self.out(mixed.permute(1, 2, 0, 3).reshape(B, T, D))
 
+    def state_size(self, length):
+        return 2 * length * self.out.in_features         # the keys and values of all examples
+
 
 class Block(nn.Module):
-    """Pre-norm Transformer block: attention, then an MLP, each added to the residual stream."""
+    """Pre-norm Transformer block: attention, then an MLP, each added to the residual stream.
+
+    In other architectures another layer takes the place of attention.
+    """
 
     def __init__(self, settings, first):
         super().__init__()
-        self.attention = Attention(settings, first)
-        self.up = nn.Linear(settings.MODEL_SIZE, settings.MLP_SIZE, bias=False)
-        self.down = nn.Linear(settings.MLP_SIZE, settings.MODEL_SIZE, bias=False)
-        nn.init.zeros_(self.down.weight)
+        self.attention = MIXERS[settings.ARCHITECTURE](settings, first)
+        hidden = settings.MLP_SIZE or 4 * settings.MODEL_SIZE
+        self.up = nn.Linear(settings.MODEL_SIZE, hidden, bias=False)
+        self.down = residual_output(hidden, settings.MODEL_SIZE, settings)
 
     def forward(self, h, around):
         h = h + self.attention(norm(h), around)
         return h + self.down(F.gelu(self.up(norm(h))))
 
 
-class InContextTransformer(nn.Module):
-    """Causal Transformer that predicts each example's class from the examples before it.
+class InContextModel(nn.Module):
+    """Causal sequence model, by default a Transformer: predicts each example's class from the
+    examples before it.
 
     TOKEN_FORMAT "paper": token i is (A x_i, y_i-1), with learnt positions (paper, Sec. 3).
     "pairs": token i is (A x_i, A x_i-1, y_i-1). The label stands beside its own image, so that no
@@ -413,7 +465,8 @@ class InContextTransformer(nn.Module):
 
         The last `queries` examples don't see each other: each comes after the same T - queries.
         """
-        T, compare = x.shape[1], self.layers[0].attention.mixture is not None
+        T, compare = x.shape[1], compares_images(self.settings)
+        masked = self.settings.TOKEN_FORMAT == "paper" and self.settings.GUIDED_START
         h = self.embed_image(x)
         if self.positions is None:
             h = torch.cat([h, shift(h, queries)], -1)
@@ -425,10 +478,226 @@ class InContextTransformer(nn.Module):
             sharp = sharpness(T, queries, trained, x.device)
         around = Surroundings(
             x, queries, sharp, image_cosines(x, queries) * sharp if compare else None,
-            causal_mask(T, queries, x.device) if compare or queries > 1 else None)
+            causal_mask(T, queries, x.device) if compare or masked or queries > 1 else None)
         for layer in self.layers:
             h = layer(h, around)
         return self.head(norm(h))
+
+    def state_size(self, length):
+        """Return how many numbers about the sequence the model can look back on at its end."""
+        return sum(layer.attention.state_size(length) for layer in self.layers)
+
+
+# ----------------------------------------------------------------------- the other architectures
+# Each stands in a Block where attention stands, behind the same call: h (B, T, D) to (B, T, D),
+# nothing from later examples. state_size(T) tells how many numbers it carries from one example to
+# the next: what it can remember of a sequence (paper, Sec. 4.3).
+class Nothing(nn.Module):
+    """No mixing at all: an MLP that sees no context and can only memorise (paper, Sec. 4.1)."""
+
+    def __init__(self, settings, first):
+        super().__init__()
+
+    def forward(self, h, around):
+        return torch.zeros_like(h)
+
+    def state_size(self, length):
+        return 0
+
+
+class LSTM(nn.Module):
+    """Long short-term memory (Hochreiter and Schmidhuber 1997): torch's own."""
+
+    def __init__(self, settings, first):
+        super().__init__()
+        self.size = settings.MODEL_SIZE
+        self.lstm = nn.LSTM(self.size, self.size, batch_first=True)
+
+    def forward(self, h, around):
+        return self.lstm(h)[0]
+
+    def state_size(self, length):
+        return 2 * self.size
+
+
+class OuterProductLSTM(nn.Module):
+    """An LSTM whose cell is a matrix per head, written to by outer products: fast weights.
+
+    C_t = f * C_t-1 + (i * tanh v) (tanh k)',  h_t = o * C_t q, each of f, i, o, v, k, q a linear
+    function of the input and of h_t-1; f, i and o through a sigmoid (paper, App. on architectures).
+    """
+
+    def __init__(self, settings, first):
+        super().__init__()
+        self.size, self.heads = settings.MODEL_SIZE, settings.NUM_HEADS
+        self.input = nn.Linear(self.size, 6 * self.size)
+        self.recurrent = nn.Linear(self.size, 6 * self.size, bias=False)
+        nn.init.constant_(self.input.bias[:self.size], 2.0)              # at first it remembers
+
+    def forward(self, h, around):
+        B, T, D = h.shape
+        out, width, outputs = torch.zeros_like(h[:, 0]), D // self.heads, []
+        cell = h.new_zeros(B, self.heads, width, width)
+        for step in self.input(h).unbind(1):
+            gates = (step + self.recurrent(out)).view(B, 6, self.heads, width, 1)
+            f, i, o = gates[:, :3].sigmoid().unbind(1)
+            k, v, q = gates[:, 3:].tanh().unbind(1)
+            cell = f * cell + (i * v) @ k.mT
+            out = (o * (cell @ q)).reshape(B, D)
+            outputs.append(out)
+        return torch.stack(outputs, 1)
+
+    def state_size(self, length):
+        return self.size * (self.size // self.heads + 1)
+
+
+class GatedDeltaNet(nn.Module):
+    """Linear attention that overwrites: the gated delta rule (Yang, Kautz, Hatamizadeh 2024).
+
+    S_t = a_t S_t-1 + b_t (v_t - a_t S_t-1 k_t) k_t',  out_t = S_t q_t, with unit keys and queries.
+    Evaluated in chunks: within a chunk all steps are one triangular system.
+    """
+
+    def __init__(self, settings, first, chunk=32):
+        super().__init__()
+        self.size, self.heads, self.chunk = settings.MODEL_SIZE, settings.NUM_HEADS, chunk
+        self.qkv = nn.Linear(self.size, 3 * self.size, bias=False)
+        self.gates = nn.Linear(self.size, 2 * self.heads)
+        nn.init.constant_(self.gates.bias[self.heads:], 5.0)             # at first it remembers
+        self.out = residual_output(self.size, self.size, settings)
+
+    def forward(self, h, around):
+        B, T, D = h.shape
+        with torch.autocast(h.device.type, enabled=False):
+            h = h.float()
+            q, k, v = self.qkv(h).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            write, keep = self.gates(h).view(B, T, 2, self.heads).permute(2, 0, 3, 1)
+            mixed = delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, write.sigmoid(),
+                               F.logsigmoid(keep), self.chunk)
+            return self.out(norm(mixed).transpose(1, 2).reshape(B, T, D))
+
+    def state_size(self, length):
+        return self.size * self.size // self.heads
+
+
+def delta_rule(q, k, v, write, log_keep, chunk):
+    """Return S_t q_t (..., T, d) of the gated delta rule for q, k, v (..., T, d), gates (..., T).
+
+    With g_t the product of a up to t, S_t = g_t S_0 + sum_s<=t (g_t / g_s) u_s k_s', where the
+    writes u solve (I + L) U = b (V - g K S_0'), L_ts = b_t (g_t / g_s) k_t k_s' for s < t.
+    """
+    state, outputs = torch.zeros_like(k[..., :1, :].mT @ k[..., :1, :]), []
+    for q, k, v, b, log_g in zip(*(a.split(chunk, -2) for a in (
+            q, k, v, write[..., None], log_keep[..., None]))):
+        log_g = log_g.cumsum(-2)
+        passed = (log_g - log_g.mT).tril().exp().tril()                  # g_t / g_s for s <= t
+        lower = (b * passed * (k @ k.mT)).tril(-1)
+        u = torch.linalg.solve_triangular(
+            lower, b * (v - log_g.exp() * (k @ state.mT)), upper=False, unitriangular=True)
+        outputs.append(log_g.exp() * (q @ state.mT) + (passed * (q @ k.mT)) @ u)
+        left = (log_g[..., -1:, :] - log_g).exp()
+        state = log_g[..., -1:, :].exp() * state + (left * u).mT @ k
+    return torch.cat(outputs, -2)
+
+
+MIXERS = {"transformer": Attention, "mlp": Nothing, "lstm": LSTM, "outer_lstm": OuterProductLSTM,
+          "deltanet": GatedDeltaNet}
+
+
+class VSML(nn.Module):
+    """Variable shared meta-learning (Kirsch and Schmidhuber 2021): weights that are tiny LSTMs.
+
+    Every input a and output b has between them an LSTM with a state of CELL_SIZE, all with the same
+    few parameters. It gets messages from its input and its output, and sends some back. "vsml": the
+    inputs are the numbers of A x_i, the outputs are the classes, so that other orders of either
+    make no difference: the symmetries of a learning algorithm are built in. "vsml_free": learnt
+    matrices stand before the inputs and after the outputs, and break the symmetries (paper, App.).
+    """
+
+    def __init__(self, settings):
+        super().__init__()
+        n, self.settings, self.free = settings.CELL_SIZE, settings, "free" in settings.ARCHITECTURE
+        images = 2 if settings.TOKEN_FORMAT == "pairs" else 1            # in a token
+        self.inputs, self.outputs = settings.PROJECTION_SIZE, C
+        if self.free:
+            self.inputs = self.outputs = settings.MODEL_SIZE
+            self.into = nn.Linear(images * settings.PROJECTION_SIZE, self.inputs * images)
+            self.told = nn.Linear(2 * C, 2 * self.outputs)
+            self.head = nn.Linear(self.outputs, C)
+        self.forward_message = nn.Linear(images, 4 * n)
+        self.backward_message = nn.Linear(2, 4 * n)
+        self.recurrent = nn.Linear(n, 4 * n, bias=False)
+        self.up = nn.Linear(n, 1, bias=False)
+        self.register_buffer("temperature", torch.ones(()))
+
+    def forward(self, x, y):
+        """Return logits (B, T, C) for x (B, T, P) and y (B, T), one example after another."""
+        B, T, P = x.shape
+        seen = torch.stack([x, shift(x, 1)][:2 if self.forward_message.in_features > 1 else 1], -1)
+        if self.free:
+            seen = self.into(seen.flatten(2)).view(B, T, self.inputs, -1)
+        messages = self.forward_message(seen)                            # (B, T, A, 4 n)
+        labels = shift(F.one_hot(y, C).to(x.dtype), 1)
+        cell = h = x.new_zeros(B, self.inputs, self.outputs, self.settings.CELL_SIZE)
+        logits, outputs = x.new_zeros(B, C), []
+        for message, label in zip(messages.unbind(1), labels.unbind(1)):
+            back = torch.stack([label, logits.softmax(-1) * label.sum(-1, keepdim=True)], -1)
+            if self.free:
+                back = self.told(back.flatten(1)).view(B, self.outputs, 2)
+            back = self.backward_message(back)
+            f, i, o, new = (message[:, :, None] + back[:, None] + self.recurrent(h)).chunk(4, -1)
+            cell = (f + 2).sigmoid() * cell + i.sigmoid() * new.tanh()
+            h = o.sigmoid() * cell.tanh()
+            logits = self.up(h)[..., 0].sum(1) / self.inputs**0.5
+            logits = self.head(logits) if self.free else logits
+            outputs.append(logits)
+        return torch.stack(outputs, 1)
+
+    def state_size(self, length):
+        return 2 * self.inputs * self.outputs * self.settings.CELL_SIZE
+
+
+class MAML(nn.Module):
+    """Model-agnostic meta-learning (Finn, Abbeel, Levine 2017): a start to descend from.
+
+    Learnt are the first weights of a network with one hidden layer, and a rate for every tensor and
+    step (Antoniou et al. 2019). Some steps of gradient descent on the context adapt the weights;
+    the adapted network answers the queries: the last quarter of the sequence in meta-training, else
+    the last example. All logits before are zero.
+    """
+
+    def __init__(self, settings, steps=5):
+        super().__init__()
+        self.settings, inputs, hidden = settings, settings.PROJECTION_SIZE, settings.MODEL_SIZE
+        shapes = (inputs, hidden), (1, hidden), (hidden, C), (1, C)
+        self.start = nn.ParameterList(
+            torch.randn(shape) * (shape[0] > 1) * (2 / shape[0])**0.5 for shape in shapes)
+        self.log_rates = nn.Parameter(torch.full((steps, len(shapes)), math.log(0.1)))
+        self.register_buffer("temperature", torch.ones(()))
+
+    def forward(self, x, y):
+        """Return logits (B, T, C) for x (B, T, P) and y (B, T)."""
+        T, training = x.shape[1], torch.is_grad_enabled()
+        n = T - max(1, T // 4) if training else T - 1
+
+        def net(x, weights):
+            w, b, v, c = weights
+            return (x @ w + b).relu() @ v + c
+
+        with torch.enable_grad():
+            weights = [w.expand(len(x), *w.shape) for w in self.start]
+            for rates in self.log_rates.exp():
+                loss = F.cross_entropy(net(x[:, :n], weights).flatten(0, 1), y[:, :n].flatten(),
+                                       reduction="sum") / n
+                slopes = torch.autograd.grad(loss, weights, create_graph=training)
+                weights = [w - rate * s for w, rate, s in zip(weights, rates, slopes)]
+        return F.pad(net(x[:, n:], weights), (0, 0, n, 0))
+
+
+def make_model(settings):
+    """Return a new model of these settings' ARCHITECTURE, with random weights."""
+    return {"vsml": VSML, "vsml_free": VSML, "maml": MAML}.get(
+        settings.ARCHITECTURE, InContextModel)(settings)
 
 
 # --------------------------------------------------------------------------------- meta-training
@@ -439,7 +708,8 @@ def make_optimizers(model, settings):
     are AdamW's. Muon's updates are scaled to the size of AdamW's, so that one rate serves both.
     """
     muon = settings.OPTIMIZER == "muon"
-    hidden = [p for p in model.layers.parameters() if muon and p.ndim == 2 and min(p.shape) > C]
+    layers = getattr(model, "layers", nn.ModuleList())
+    hidden = [p for p in layers.parameters() if muon and p.ndim == 2 and min(p.shape) > C]
     rest = [p for p in model.parameters() if not any(p is other for other in hidden)]
     optimizers = [torch.optim.AdamW(
         rest, settings.LEARNING_RATE, betas=(0.9, settings.ADAM_BETA2), eps=settings.ADAM_EPSILON,
@@ -614,25 +884,39 @@ def evaluation_batches(dataset, n_sequences, settings, num_tasks=0):
 
 
 @torch.no_grad()
-def count_hits(model, dataset, n_sequences, settings, precision, num_tasks=0, lengths=()):
-    """Return {learner: in how many sequences it was right}: ours after 0 .. T - 1 examples, the
-    classical learners' after each number of examples in `lengths`, on the same sequences; and our
-    logits (n, C) for the last examples, with their labels (n,).
+def predictions(model, dataset, n_sequences, settings, precision, num_tasks=0, lengths=()):
+    """Return ({learner: predicted labels (n, ...)}, labels y (n, T), our last logits (n, C)).
+
+    Ours after 0 .. T - 1 examples; the classical learners', on the same sequences, after each
+    number of examples in `lengths`.
     """
-    last, hits = [], {"Transformer": np.zeros(settings.NUM_EXAMPLES, int)}
-    hits |= {name: np.zeros(len(lengths), int) for name in CLASSICAL if len(lengths)}
+    parts = []
     for x, y in evaluation_batches(dataset, n_sequences, settings, num_tasks):
-        logits = logits_of(model, x, y, precision)
-        hits["Transformer"] += (logits.argmax(-1) == y).sum(0).cpu().numpy()
-        last.append((logits[:, -1].cpu(), y[:, -1].cpu()))
-        products, y = (x @ x.mT).cpu() if len(lengths) else None, y.cpu()
-        for i, n in enumerate(lengths):
-            targets = F.one_hot(y[:, :n], C).float()
-            for name, learner in CLASSICAL.items():      # linear algebra is at home on the CPU
+        logits, products = logits_of(model, x, y, precision), None
+        found, y = {"Transformer": logits.argmax(-1).cpu()}, y.cpu()
+        if len(lengths):
+            products = (x @ x.mT).cpu()                  # linear algebra is at home on the CPU
+        for name, learner in CLASSICAL.items() if len(lengths) else ():
+            found[name] = torch.empty(len(y), len(lengths), dtype=torch.long)
+            for i, n in enumerate(lengths):
+                targets = F.one_hot(y[:, :n], C).float()
                 scores = learner(products[:, :n + 1, :n + 1], targets)[:, 0]
-                scores = scores.masked_fill(targets.sum(1) == 0, -math.inf)
-                hits[name][i] += (scores.argmax(-1) == y[:, n]).sum().item()
-    return hits, *(torch.cat(part) for part in zip(*last))
+                found[name][:, i] = scores.masked_fill(targets.sum(1) == 0, -math.inf).argmax(-1)
+        parts.append((found, y, logits[:, -1].cpu()))
+    found, y, last = zip(*parts)
+    return ({name: torch.cat([part[name] for part in found]).numpy() for name in found[0]},
+            torch.cat(y).numpy(), torch.cat(last))
+
+
+def count_hits(model, dataset, n_sequences, settings, precision, num_tasks=0, lengths=()):
+    """Return {learner: in how many sequences it was right} for `predictions`, and our logits (n, C)
+    for the last examples, with their labels (n,).
+    """
+    found, y, last = predictions(model, dataset, n_sequences, settings, precision, num_tasks,
+                                 lengths)
+    hits = {name: (labels == (y if name == "Transformer" else y[:, list(lengths)])).sum(0)
+            for name, labels in found.items()}
+    return hits, last, torch.from_numpy(y[:, -1])
 
 
 @torch.no_grad()
@@ -719,7 +1003,7 @@ def context_lengths(settings):
 class InContextClassifier:
     """Classifies any data in context: the examples become the context, and nothing is trained.
 
-    model            path of a model.pt, or an InContextTransformer
+    model            path of a model.pt, or an InContextModel
     n_ensemble       passes whose probabilities are averaged, each with a random projection, label
                      permutation and order of the examples of its own
     scaling          "shared": one mean and one scale for all features (images); "centred": a mean
@@ -895,19 +1179,20 @@ def neighbours_agree(x, labels, most=2000):
     return (labels[nearest] == labels).mean()
 
 
-def class_numbers(y, name):
+def class_numbers(y, name, most=C):
     """Return the classes of y, where each first occurs, and the number of each label's class."""
     try:
         kinds, first, numbers = np.unique(y, return_index=True, return_inverse=True)
     except TypeError as error:
         raise UserError(f"{name}: the labels are of several types ({error}).") from None
-    if not 2 <= len(kinds) <= C:
-        raise UserError(f"{name}: {len(kinds)} classes; this model tells 2 to {C} classes apart.")
+    if not 2 <= len(kinds) <= most:
+        raise UserError(f"{name}: {len(kinds)} classes; this model tells 2 to {most} of them "
+                        "apart.")
     return kinds, first, numbers
 
 
 # ----------------------------------------------------------------------------------------- data
-def as_dataset(name, x, y, size, device):
+def as_dataset(name, x, y, size, device, most=C):
     """Return a Dataset of arrays x (n, ...) and y (n,): z-normalised by one mean and one std.
 
     Images (n, h, w), (n, h, w, c) or (n, c, h, w) are resized to `size`; rows (n, N) stay as they
@@ -919,7 +1204,7 @@ def as_dataset(name, x, y, size, device):
                         "label: rows (n, N) or images (n, h, w) or (n, h, w, c), and y (n,).")
     if x.dtype.kind not in "biuf":
         raise UserError(f"{name}: x holds {x.dtype}; expected numbers.")
-    kinds, _, y = class_numbers(y, name)
+    kinds, _, y = class_numbers(y, name, most)
     x = torch.as_tensor(x.astype(np.float32))
     if not x.isfinite().all() or x.std() == 0:
         raise UserError(f"{name}: x is constant, or holds NaN or infinite values; clean it first.")
@@ -1033,6 +1318,12 @@ def rendered_arrays(name, train, folder):
     return npz_arrays(path)
 
 
+def random_arrays(name, train, folder):
+    """Return ten random points as images (n, 28, 28), many times each: every class is one point."""
+    y = np.arange(2000) % 10
+    return np.random.default_rng(int(train)).standard_normal((10, 28, 28))[y], y
+
+
 def npz_arrays(path, labels=True):
     """Return x and y of an .npz file; where `labels` need not be there, y may be None."""
     try:
@@ -1137,7 +1428,8 @@ def load_dataset(name, split, settings, device):
             x, y = x[order], y[order]
         name = Path(name).stem
     else:
-        arrays = rendered_arrays if name in RENDERED else torchvision_arrays
+        arrays = {**dict.fromkeys(RENDERED, rendered_arrays), "Random": random_arrays}.get(
+            name, torchvision_arrays)
         x, y = arrays(name, split == "train", settings.DATA_DIR)
     dataset = as_dataset(name, x, y, settings.IMAGE_SIZE, device)
     if len(dataset.y) < settings.NUM_EXAMPLES:
@@ -1206,7 +1498,7 @@ def load_checkpoint(path, settings=None):
 def load_model(path, device):
     """Return (model, saved): the model of a model.pt, and all that the file holds."""
     saved = load_checkpoint(path)
-    model = InContextTransformer(default_settings(**saved["settings"])).to(device)
+    model = make_model(default_settings(**saved["settings"])).to(device)
     model.load_state_dict(saved["model"])
     return model, saved
 
@@ -1224,7 +1516,7 @@ def newest_checkpoint(settings):
 
 def identity(settings):
     """Return the settings that make a run what it is: not those of folders and of `classify`."""
-    elsewhere = {"DATA_DIR", *COMMANDS["classify"]} - {"SEED"}
+    elsewhere = {"DATA_DIR", *COMMANDS["classify"], *OF_EXPERIMENTS} - {"SEED"}
     return {k: v for k, v in settings.items() if k not in elsewhere}
 
 
@@ -1277,14 +1569,15 @@ def read_settings(arguments):
     and the names of those that flags have set.
     """
     words, flags = [word for word in arguments if not word.startswith("-")], []
-    known = [*PRESETS, *COMMANDS]
+    known = [*PRESETS, *COMMANDS, *EXPERIMENTS]
     for word in [word for word in words if word not in known]:
         raise UserError(f"unexpected word {word!r}{did_you_mean(word, known)} Settings are written "
                         "as --NAME=value.")
     if len(words) > 1:
         raise UserError(f"{' and '.join(words)}: at most one preset or command is read.")
     first = words[0] if words else "default"
-    settings = default_settings(**PRESETS.get(first, {}))
+    sweeps = {name: experiment.settings for name, experiment in EXPERIMENTS.items()}
+    settings = default_settings(**{**PRESETS, **sweeps}.get(first, {}))
     for word in [word for word in arguments if word.startswith("-")]:
         name, equals, text = word.lstrip("-").partition("=")
         if not hasattr(settings, name):
@@ -1294,7 +1587,10 @@ def read_settings(arguments):
         of = [command for command, names in COMMANDS.items() if name in names]
         if first in COMMANDS and first not in of:
             raise UserError(f"{first} does not read {name}; it reads {', '.join(COMMANDS[first])}.")
-        if first in PRESETS and name not in identity(vars(settings)) and name[-4:] != "_DIR":
+        if name in OF_EXPERIMENTS and first not in EXPERIMENTS:
+            raise UserError(f"{name} is read by the experiments: {', '.join(EXPERIMENTS)}.")
+        if of and first not in COMMANDS and name[-4:] != "_DIR" and (
+                name not in identity(vars(settings))):
             raise UserError(f"{name} belongs to the command {of[0]}; write it after that word.")
         setattr(settings, name, read_value(name, text, getattr(settings, name)))
         flags.append(name)
@@ -1306,7 +1602,7 @@ def check_settings(s):
     """Raise UserError for the first value or combination of settings that can't work."""
     for name, value in vars(s).items():
         default, may_be_zero = globals()[name], name in ("SEED", "NUM_TASKS", "WARMUP_STEPS",
-                                                          "AVERAGED_PASSES")
+                                                          "AVERAGED_PASSES", "WORKERS", "MLP_SIZE")
         if name in CHOICES and value not in CHOICES[name]:
             raise UserError(f"{name} is {value!r}; expected one of {', '.join(CHOICES[name])}.")
         if type(value) is not type(default) and not (type(default) is float and value == 0):
@@ -1416,6 +1712,12 @@ def machine(device):
     words = [model[1] if model else platform.processor() or platform.machine(),
              f"{torch.get_num_threads()} threads", platform.system()]
     return ", ".join(words + ([torch.cuda.get_device_name()] if device.type == "cuda" else []))
+
+
+def surroundings(device, precision):
+    """Return what a record says of where its numbers were made."""
+    return dict(device=device.type, precision=precision, machine=machine(device), versions=dict(
+        python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
 
 
 def keep_freed_memory():
@@ -1587,6 +1889,740 @@ def help_text():
                       "Settings: --NAME=value", *settings])
 
 
+# ------------------------------------------------------------------------------- the experiments
+# The paper's other experiments. Each is a sweep: many short runs that differ in a few settings and
+# in the seed, then a table, a .csv file and a figure. A run that has ended is never made again.
+class Experiment(NamedTuple):
+    """A sweep: what is run and measured, and how it is told."""
+    title: str                             # of the figure
+    settings: dict                         # of all its runs, where they are not the defaults
+    cells: list                            # what its runs differ in: dicts of settings
+    measure: Callable                      # (settings, data, precision) -> rows of one run: dicts
+    report: Callable                       # (rows, figure) -> lines of the printed table
+
+
+def product(**axes):
+    """Return the settings of every combination of the values of some settings."""
+    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+
+
+def mean_interval(values):
+    """Return the mean, and half of its 95 % t interval (nan for a single value)."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return values.mean(), math.nan
+    t = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[min(len(values), 10) - 2]
+    return values.mean(), t * values.std(ddof=1) / len(values)**0.5
+
+
+def select(rows, **wanted):
+    """Return the rows that hold these values."""
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def values_of(rows, name):
+    """Return the different values of a column, in the order of their first rows."""
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def training_steps(model, dataset, settings, precision):
+    """Meta-train without files or messages; yield step and loss after each step."""
+    optimizers = make_optimizers(model, settings)
+    for step in range(settings.STEPS):
+        x, y = draw_sequences(dataset, settings.BATCH_SIZE, settings, ("train", settings.SEED,
+                              step), settings.NUM_TASKS, settings.BIASED_FRACTION)
+        rate = learning_rate(step, settings)
+        yield step + 1, update(model, optimizers, x, y, rate, precision, settings.GRADIENT_CLIP)[0]
+
+
+def trained(settings, dataset, precision):
+    """Return a new model, meta-trained; stop where the loss is no number."""
+    torch.manual_seed(settings.SEED)
+    model = make_model(settings).to(dataset.x.device)
+    for step, loss in training_steps(model, dataset, settings, precision):
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is not finite at step {step} of the run {vars(settings)}.")
+    return model
+
+
+def one_run(job):
+    """Make one run of an experiment, in a process of its own; return what is to be kept of it."""
+    name, values, cell, threads = job
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    began, settings = time.time(), default_settings(**values)
+    device = choose_device(settings.DEVICE)[0]
+    data = data_of_runs(tuple((key, values[key]) for key in (
+        "TRAIN_DATASET", "EVAL_DATASETS", "IMAGE_SIZE", "VALIDATION_IMAGES", "NUM_EXAMPLES",
+        "DATA_DIR")), device)
+    precision = choose_precision(settings.PRECISION, device)
+    rows = EXPERIMENTS[name].measure(settings, data, precision)
+    return dict(cell=cell, rows=rows, seconds=time.time() - began)
+
+
+@functools.lru_cache(maxsize=1)
+def data_of_runs(pairs, device):
+    """Return (training, validation, tests) for settings given as pairs; the last ones are kept."""
+    training, validation, tests, _ = load_all(default_settings(**dict(pairs)), device)
+    return training, validation, {name: dataset for name, (dataset, _) in tests.items()}
+
+
+def runs_of(name, settings, flags):
+    """Return the cells of an experiment with their seeds. A flag fixes what would be varied."""
+    cells = []
+    for cell in EXPERIMENTS[name].cells:
+        cell = {key: getattr(settings, key) if key in flags else value
+                for key, value in cell.items()}
+        check_settings(default_settings(**{**vars(settings), **cell}))
+        cells += [cell] if cell not in cells else []
+    return [dict(cell, SEED=settings.SEED + i) for i in range(settings.SEEDS) for cell in cells]
+
+
+def sweep(name, settings, flags):
+    """Make the runs of an experiment that are not yet made; write and print what they tell."""
+    device, why = choose_device(settings.DEVICE)
+    precision = choose_precision(settings.PRECISION, device)
+    bare = default_settings(**{**vars(settings), "NUM_TASKS": 0})
+    training, _, tests, notices = load_all(bare, device)                 # the workers find it
+    settings.EVAL_DATASETS = ",".join(tests)
+    if settings.TRAIN_DATASET == "auto":
+        settings.TRAIN_DATASET = training.name
+    runs = runs_of(name, settings, flags)
+    varied = {key for run in runs for key in run}
+    common = {key: value for key, value in vars(settings).items() if value != globals()[key] and (
+        key not in {*varied, "DATA_DIR", "OUT_DIR", "RESULTS_DIR", "SEEDS", "WORKERS"})}
+    folder = make_folder(Path(settings.OUT_DIR, f"{name}-{digest(sorted(common.items()))}"))
+    results, log = make_folder(Path(settings.RESULTS_DIR)), log_to(folder / "log.txt")
+    workers = settings.WORKERS or (os.cpu_count() if device.type == "cpu" else 1)
+    for notice in notices:
+        log(notice)
+    log(f"Experiment  {name}: {len(runs)} runs, {workers} at once\n"
+        f"Device      {device.type} ({why}), {precision}; {machine(device)}\n"
+        f"Data        {training.name}; tested on {', '.join(tests)}\nRun folder  {folder}")
+    done = read_runs(folder / "runs.jsonl")
+    jobs = [(name, {**vars(settings), **run}, run, max(1, torch.get_num_threads() // workers))
+            for run in runs if json.dumps(run) not in done]
+    if len(jobs) < len(runs):
+        log(f"{len(runs) - len(jobs)} of the runs were made before.")
+    with worker_map(min(workers, len(jobs))) as run_all, open(folder / "runs.jsonl", "a") as file:
+        for record in tqdm(run_all(one_run, jobs), total=len(jobs), unit="run", leave=False):
+            done[json.dumps(record["cell"])] = record
+            print(json.dumps(record), file=file, flush=True)
+    records = [done[json.dumps(run)] for run in runs]
+    rows = [{**record["cell"], **row} for record in records for row in record["rows"]]
+    return tell(name, rows, results, log, dict(
+        experiment=name, runs=len(runs), workers=workers, settings=common,
+        run_seconds=sum(record["seconds"] for record in records),
+        **surroundings(device, precision)))
+
+
+def tell(name, rows, folder, log, facts):
+    """Write and print the table of an experiment, and write its figure, .csv and record."""
+    from matplotlib.figure import Figure                 # no pyplot: needs no display, no state
+    figure = Figure(layout="constrained")
+    lines = EXPERIMENTS[name].report(rows, figure)
+    figure.suptitle(EXPERIMENTS[name].title)
+    with replacing(folder / f"{name}.png") as temporary:
+        figure.savefig(temporary, dpi=110)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    write_csv(folder / f"{name}.csv", [columns, *([row.get(key) for key in columns]
+                                                  for row in rows)])
+    with replacing(folder / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps(dict(facts, table=lines), indent=1))
+    log("\n".join(["", *lines, "", f"Written: {folder / name}.csv, .json, .png"]))
+    return lines
+
+
+def read_runs(path):
+    """Return {settings of a run: record} of the lines of a file; what a kill cut short is left."""
+    done = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            done[json.dumps(record["cell"])] = record
+    return done
+
+
+@contextlib.contextmanager
+def worker_map(workers):
+    """Yield a map over that many processes at once, which returns results as they come."""
+    if workers < 2:
+        yield map
+        return
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, stop)
+    context = torch.multiprocessing.get_context("spawn")
+    try:
+        with context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+            yield pool.imap_unordered                    # leaving terminates the workers
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("Stopped; the same command goes on with the runs that are left."
+                                ) from None
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+# phases: memorise instances, identify tasks, learn to learn (paper, Sec. 4.1 and 4.2)
+def measure_phases(settings, data, precision):
+    """Return accuracy on the first and on the last tenth of the examples, on tasks that were
+    trained on, on fresh tasks, and on other data sets; test images all.
+    """
+    training, _, tests = data
+    model, n, tail, rows = trained(settings, training, precision), settings.EVAL_SEQUENCES, max(
+        1, settings.NUM_EXAMPLES // 10), []
+    sets = [("seen tasks", training.name, settings.NUM_TASKS), *(
+        ("unseen tasks" if name == training.name else name, name, 0) for name in tests)]
+    for label, name, num_tasks in sets:
+        if name in tests:
+            hits = count_hits(model, tests[name], n, settings, precision, num_tasks)[0]
+            curve = hits["Transformer"] / n
+            first, last = curve[0], curve[-tail:].mean()
+            rows.append(dict(tested_on=label, first=first, last=last, improvement=last - first))
+    return rows
+
+
+def report_phases(rows, figure):
+    """One row of panels for each kind of model: improvement by number of tasks, and accuracies."""
+    kinds = {("transformer", "paper"): "Transformer, paper's tokens",
+             ("transformer", "pairs"): "Transformer, sample-label pairs",
+             ("mlp", "paper"): "MLP, which sees no context"}
+    kinds = {(a, t): label for (a, t), label in kinds.items()
+             if select(rows, ARCHITECTURE=a, TOKEN_FORMAT=t)}
+    figure.set_size_inches(15, 3.8 * len(kinds))
+    grid, lines = figure.subplots(len(kinds), 3, squeeze=False), []
+    for panels, ((architecture, token), label) in zip(grid, kinds.items()):
+        mine = select(rows, ARCHITECTURE=architecture, TOKEN_FORMAT=token)
+        tasks, sizes = sorted(values_of(mine, "NUM_TASKS")), sorted(values_of(mine, "MODEL_SIZE"))
+        exponents = [math.log2(n) for n in tasks]
+        lines += ["", f"{label}: improvement (last tenth - first, points) with 2**k tasks",
+                  f"{'width, tested on':28}" + "".join(f"{k:12.0f}" for k in exponents)]
+        for size in sizes:
+            for color, kind in enumerate(values_of(mine, "tested_on")):
+                found = [mean_interval([row["improvement"] for row in select(
+                    mine, NUM_TASKS=n, MODEL_SIZE=size, tested_on=kind)]) for n in tasks]
+                lines.append(f"{f'{size}, {kind}':28}" + "".join(
+                    f"{100 * mean:6.1f} ±{100 * half:4.1f}" for mean, half in found))
+                if size == sizes[-1]:
+                    mean, half = 100 * np.array(found).T
+                    panels[0].errorbar(exponents, mean, half, fmt=f"C{color}o-", ms=4, capsize=3,
+                                       label=kind)
+        panels[0].set(title=f"{label} (width {sizes[-1]})", ylim=(-5, 75),
+                      ylabel="improvement in the sequence (points)")
+        panels[0].legend(fontsize=8, loc="upper left")
+        panels[0].grid(alpha=0.3)
+        for panel, kind in zip(panels[1:], ("seen tasks", "unseen tasks")):
+            accuracy = [[100 * np.mean([row["last"] for row in select(
+                mine, NUM_TASKS=n, MODEL_SIZE=size, tested_on=kind)] or [math.nan])
+                for n in tasks] for size in sizes]
+            panel.imshow(accuracy, vmin=10, vmax=100, aspect="auto", origin="lower")
+            for (i, j), value in np.ndenumerate(accuracy):
+                panel.text(j, i, f"{value:.0f}", ha="center", va="center",
+                           color="w" if value < 60 else "k")
+            panel.set_xticks(range(len(tasks)), [f"{k:.0f}" for k in exponents])
+            panel.set_yticks(range(len(sizes)), sizes)
+            panel.set(title=f"accuracy (%) at the end, {kind}", ylabel="model size")
+        for kind in values_of(mine, "tested_on"):
+            lines.append(f"  {kind}: improvement above 10 points "
+                         + first_above(select(mine, tested_on=kind), 0.1))
+    for panel in grid[-1]:
+        panel.set_xlabel("number of tasks, log2")
+    return lines[1:]
+
+
+def first_above(rows, level):
+    """Return in words from which number of tasks on the improvement is surely above a level."""
+    words = []
+    for size in sorted(values_of(rows, "MODEL_SIZE")):
+        found = [n for n in sorted(values_of(rows, "NUM_TASKS")) if np.subtract(*mean_interval(
+            [row["improvement"] for row in select(rows, MODEL_SIZE=size, NUM_TASKS=n)])) > level]
+        words.append(f"from 2**{math.log2(found[0]):.0f} tasks" if found else "nowhere")
+    return ", ".join(f"{word} (width {size})" for word, size in zip(
+        words, sorted(values_of(rows, "MODEL_SIZE"))))
+
+
+# plateau: how long the loss stays at that of guessing (paper, Sec. 4.4 and 4.5)
+PLATEAU_FACTORS = {
+    "BATCH_SIZE": [dict(BATCH_SIZE=n) for n in (16, 32, 64, 128, 256)],
+    "NUM_TASKS": [dict(NUM_TASKS=n) for n in (2**6, 2**8, 2**10, 2**12, 2**14, 2**16, 0)],
+    "optimiser": [dict(OPTIMIZER="muon"), *(
+        dict(OPTIMIZER="adamw", ADAM_EPSILON=e) for e in (1e-12, 1e-8, 1e-5, 1e-3))],
+    "BIASED_FRACTION": [dict(BIASED_FRACTION=share) for share in (0.0, 0.5, 0.9)],
+    "start": [dict(GUIDED_START=False, OUTPUT_STD=std) for std in (0.0, 1.0)] + [
+        dict(GUIDED_START=True, OUTPUT_STD=1.0)],
+    "paper's token": [dict(TOKEN_FORMAT="paper", GUIDED_START=guided) for guided in (False, True)],
+}
+PLATEAU_BASE = dict(BATCH_SIZE=64, NUM_TASKS=0, OPTIMIZER="muon", ADAM_EPSILON=1e-8,
+                    BIASED_FRACTION=0.0, GUIDED_START=False, OUTPUT_STD=1.0, TOKEN_FORMAT="pairs")
+
+
+def plateau_length(steps, losses, drop=0.1):
+    """Return after how many steps the loss of guessing, log C, is left behind for good; or None.
+
+    Left is: lower by `drop` nats, at the first of the given steps from which on it stays so.
+    """
+    high = [i for i, loss in enumerate(losses) if not loss < math.log(C) - drop]
+    after = high[-1] + 1 if high else 0
+    return steps[after] if after < len(steps) else None
+
+
+def measure_plateau(settings, data, precision, every=20, enough=3):
+    """Return the lengths of the plateau on the tasks of the training (without bias) and on fresh
+    tasks, of validation images both. The run ends soon after both have been left.
+    """
+    training, validation, _ = data
+    torch.manual_seed(settings.SEED)
+    model, steps, losses = make_model(settings).to(training.x.device), [], ([], [])
+    batches = [draw_sequences(validation, 256, settings, ("plateau",), num_tasks)
+               for num_tasks in (settings.NUM_TASKS, 0)]
+    for step, _ in training_steps(model, training, settings, precision):
+        if step % every == 0:
+            steps.append(step)
+            with torch.no_grad():
+                for (x, y), found in zip(batches, losses):
+                    logits = logits_of(model, x, y, precision).flatten(0, 1)
+                    found.append(F.cross_entropy(logits, y.flatten()).item())
+            if all(loss < math.log(C) - 0.1 for found in losses for loss in found[-enough:]):
+                if len(steps) >= enough:
+                    break
+    lengths = [plateau_length(steps, found) for found in losses]
+    return [dict(tested_on=kind, length=length, left=length is not None, steps=steps[-1])
+            for kind, length in zip(("training tasks", "unseen tasks"), lengths)]
+
+
+def report_plateau(rows, figure):
+    """One panel for each factor: the length against its values, where it ended; else an arrow."""
+    figure.set_size_inches(15, 7)
+    panels, lines = figure.subplots(2, 3).flat, [
+        f"{'plateau, steps':44}{'training tasks':>24}{'unseen tasks':>24}"]
+    fixed = {key: rows[0][key] for key in PLATEAU_BASE if len(values_of(rows, key)) == 1}
+    for panel, (factor, cells) in zip(panels, PLATEAU_FACTORS.items()):
+        lines.append(factor)
+        for i, cell in enumerate(cells):
+            words = " ".join(str(value) for value in cell.values())
+            line = f"  {words:42}"
+            mine = select(rows, **{**PLATEAU_BASE, **cell, **fixed})
+            for color, kind in enumerate(values_of(mine, "tested_on")):
+                runs = select(mine, tested_on=kind)
+                left = [row["length"] for row in runs if row["left"]]
+                panel.plot([i] * len(left), left, f"C{color}o", label=kind if not i else None)
+                for row in runs:
+                    if not row["left"]:
+                        panel.plot(i, row["steps"], f"C{color}^", mfc="none")
+                mean, half = mean_interval(left) if left else (math.nan, math.nan)
+                line += f"{mean:9.0f} ±{half:5.0f} ({len(left)} of {len(runs)})"
+            lines.append(line)
+        panel.set_xticks(range(len(cells)), [
+            "\n".join(str(value) for value in cell.values()) for cell in cells], fontsize=8)
+        panel.set(title=factor, ylabel="plateau (steps)", yscale="log")
+        panel.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    others = {**{k: v for k, v in PLATEAU_BASE.items() if k != "BATCH_SIZE"}, **fixed}
+    left = select(rows, left=True, tested_on="unseen tasks", **others)
+    if len(values_of(left, "BATCH_SIZE")) > 2:
+        slope, half = power_law([row["BATCH_SIZE"] for row in left], [r["length"] for r in left])
+        lines.append(f"Power law in the batch size: length ~ batch ** ({slope:.2f} ± {half:.2f}), "
+                     f"from {len(left)} runs that left it")
+    return lines
+
+
+def power_law(x, y):
+    """Return the exponent of y ~ x ** exponent and half of its 95 % interval, by least squares."""
+    x, y = np.log(x), np.log(y)
+    (slope, start), n = np.polyfit(x, y, 1), len(x)
+    error = ((y - slope * x - start)**2).sum() / (n - 2) / ((x - x.mean())**2).sum()
+    return slope, 2.0 * error**0.5
+
+
+# architectures: is it the state that matters, or the parameters? (paper, Sec. 4.3)
+def measure_architectures(settings, data, precision):
+    """Return the accuracy at the end of the sequence beside the sizes of state and parameters."""
+    training, _, tests = data
+    model, tail = trained(settings, training, precision), max(1, settings.NUM_EXAMPLES // 10)
+    return [dict(tested_on=name, accuracy=(count_hits(
+        model, dataset, settings.EVAL_SEQUENCES, settings, precision)[0]["Transformer"][-tail:]
+        .mean() / settings.EVAL_SEQUENCES), state=model.state_size(settings.NUM_EXAMPLES),
+        parameters=sum(p.numel() for p in model.parameters())) for name, dataset in tests.items()]
+
+
+def rank_correlation(x, y):
+    """Return Spearman's rank correlation of x and y; equal values share their mean rank."""
+    ranks = []
+    for values in (np.asarray(x), np.asarray(y)):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum() - (counts - 1) / 2)[inverse])
+    return np.corrcoef(*ranks)[0, 1]
+
+
+def report_architectures(rows, figure):
+    """Two panels, accuracy against state and against parameters, with rank correlations."""
+    figure.set_size_inches(12, 5)
+    panels, name = figure.subplots(1, 2, sharey=True), rows[0]["tested_on"]
+    kinds = values_of(rows, "tested_on")
+    lines = [f"{'architecture':14}{'width':>6}{'state':>10}{'parameters':>12}"
+             + "".join(f"{kind:>20}" for kind in kinds)]
+    means = []
+    for color, architecture in enumerate(values_of(rows, "ARCHITECTURE")):
+        mine = select(rows, ARCHITECTURE=architecture)
+        points = []
+        for cell in values_of(mine, "parameters"):
+            runs = select(mine, parameters=cell)
+            found = [mean_interval([100 * r["accuracy"] for r in select(runs, tested_on=kind)])
+                     for kind in kinds]
+            lines.append(f"{architecture:14}{runs[0]['MODEL_SIZE']:6}{runs[0]['state']:10,}"
+                         f"{cell:12,}" + "".join(f"{m:13.1f} ± {h:4.1f}" for m, h in found))
+            points.append((runs[0]["state"], cell, *found[0]))
+        means += points
+        state, parameters, accuracy, half = zip(*points)
+        for panel, x in zip(panels, (state, parameters)):
+            panel.errorbar(x, accuracy, half, fmt=f"C{color}o-", capsize=3, label=architecture)
+    generator = np.random.default_rng(0)
+    for panel, column, what in zip(panels, (0, 1), ("state", "parameters")):
+        every = [rank_correlation([p[column] for p in sample], [p[2] for p in sample])
+                 for sample in ([means[i] for i in generator.integers(len(means), size=len(means))]
+                                for _ in range(2000))]
+        low, high = np.nanquantile(every, [0.025, 0.975])
+        value = rank_correlation([p[column] for p in means], [p[2] for p in means])
+        lines.append(f"Rank correlation of accuracy on {name} with {what}: {value:.2f} "
+                     f"(95 % interval {low:.2f} to {high:.2f}, {len(means)} kinds of model)")
+        panel.set(xscale="log", xlabel=f"numbers in the {what}" if what == "state" else what,
+                  title=f"rank correlation {value:.2f} ({low:.2f} to {high:.2f})")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel(f"accuracy (%) on {name}, end of the sequence")
+    panels[0].legend(fontsize=8)
+    return lines
+
+
+# table: the paper's comparison of methods (paper, Table 1)
+def measure_table(settings, data, precision):
+    """Return the accuracy after the longest context on every data set; SGD on the same sequences
+    beside the Transformer's.
+    """
+    training, _, tests = data
+    model = trained(settings, training, precision)
+    names = {"transformer": "GPICL", "vsml_free": "VSML without symmetries"}
+    method, n, rows = settings.ARCHITECTURE, settings.EVAL_SEQUENCES, []
+    lengths = [settings.NUM_EXAMPLES - 1] if method == "transformer" else []
+    for name, dataset in tests.items():
+        hits, *_ = count_hits(model, dataset, n, settings, precision, lengths=lengths)
+        found = {names.get(method, method.upper()): hits["Transformer"][-1]}
+        if lengths:
+            found["SGD"] = hits["SGD (softmax)"][-1]
+        rows += [dict(method=word, tested_on=name, accuracy=right / n, sequences=n)
+                 for word, right in found.items()]
+    return rows
+
+
+def report_table(rows, figure):
+    """Print ours and the paper's numbers side by side, and draw them as bars."""
+    figure.set_size_inches(12, 4.5)
+    panel, kinds = figure.subplots(), values_of(rows, "tested_on")
+    methods = [m for m in ("SGD", "MAML", "VSML", "LSTM", "GPICL") if select(rows, method=m)]
+    lines = [f"{'accuracy (%), ours (the paper)':30}" + "".join(f"{kind:>24}" for kind in kinds)]
+    for i, method in enumerate(methods):
+        line = f"{method:30}"
+        for j, kind in enumerate(kinds):
+            mine = select(rows, method=method, tested_on=kind)
+            mean, half = with_sampling([row["accuracy"] for row in mine], mine[0]["sequences"])
+            paper = PAPER.get(kind, {}).get(method)
+            line += f"{100 * mean:12.1f} ±{100 * half:4.1f} " + (
+                f"({paper:4.1f})" if paper else " " * 6)
+            x = j + (i - len(methods) / 2) * 0.15
+            panel.bar(x, 100 * mean, 0.14, yerr=100 * half, color=f"C{i}", capsize=2,
+                      label=None if j else method)
+            if paper:
+                panel.plot(x, paper, "k_", ms=9, mew=2, label=None if j or i else "the paper")
+        lines.append(line.rstrip())
+    panel.axhline(10, color="grey", ls=":")
+    panel.set_xticks(range(len(kinds)), kinds)
+    panel.set(ylabel="accuracy (%) after 99 examples", ylim=(0, 105))
+    panel.legend(fontsize=8, ncols=3)
+    return lines
+
+
+def with_sampling(accuracies, n):
+    """Return the mean over seeds and half of a 95 % interval: of the seeds, and of the n sequences,
+    which are the same for every seed.
+    """
+    mean, half = mean_interval(accuracies)
+    low, high = interval(mean * n, n)
+    return mean, math.hypot(0 if math.isnan(half) else half, (high - low) / 2)
+
+
+# features: few-shot learning on top of the features of another network (paper, App.)
+class ConvNet(nn.Module):
+    """A small convolutional network, trained as usual: source of features that are made here."""
+
+    def __init__(self, classes, size, width=128):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 5,
+            padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * (size // 4)**2,
+            width), nn.ReLU())
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def train_features(training, classes, settings, steps=300):
+    """Return a ConvNet that was trained to tell the first `classes` classes apart."""
+    size, device = settings.IMAGE_SIZE, training.x.device
+    torch.manual_seed(settings.SEED)
+    net, kept = ConvNet(classes, size).to(device), (training.y < classes).nonzero()[:, 0]
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+    for step in range(steps):
+        chosen = torch.randint(len(kept), (128,), generator=stream(
+            device, settings.SEED, "features", step), device=device)
+        x, y = training.x[kept[chosen]].view(-1, 1, size, size), training.y[kept[chosen]]
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return net.eval()
+
+
+def draw_episodes(dataset, n_episodes, ways, shots, settings, key):
+    """Return x (B, T, P) and y (B, T) of N-way K-shot episodes, T = N K + 1: `shots` examples each
+    of `ways` random classes in random order, then a query of one of them, under a fresh projection.
+    """
+    generator, device = stream("cpu", *key), dataset.x.device
+    members = [(dataset.y.cpu() == c).nonzero()[:, 0] for c in range(dataset.classes)]
+    members = [rows for rows in members if len(rows) > shots]
+    if len(members) < ways:
+        raise UserError(f"{dataset.name} has {len(members)} classes of more than {shots} rows; "
+                        f"episodes need WAYS={ways}.")
+    images, labels = [], []
+    for _ in range(n_episodes):
+        kinds = torch.randperm(len(members), generator=generator)[:ways].tolist()
+        rows = torch.stack([members[kind][torch.randperm(
+            len(members[kind]), generator=generator)[:shots + 1]] for kind in kinds])
+        slots = torch.randperm(C, generator=generator)[:ways, None].expand_as(rows)
+        order = torch.randperm(ways * shots, generator=generator)
+        images.append(torch.cat([rows[:, :-1].flatten()[order], rows[:1, -1]]))
+        labels.append(torch.cat([slots[:, :-1].flatten()[order], slots[:1, -1]]))
+    x = project_afresh(span(dataset.x[torch.stack(images).to(device)]), settings,
+                       stream(device, *key))
+    return x, torch.stack(labels).to(device)
+
+
+def measure_features(settings, data, precision):
+    """Return the accuracy of in-context and classical learners on episodes of images and of their
+    features; of the rows of FEATURES_FILE, if there is one.
+    """
+    training, _, tests = data
+    model, inputs = trained(settings, training, precision), {}
+    if settings.FEATURES_FILE:
+        x, y = npz_arrays(settings.FEATURES_FILE)
+        inputs[Path(settings.FEATURES_FILE).stem] = as_dataset(
+            Path(settings.FEATURES_FILE).stem, x, y, settings.IMAGE_SIZE, training.x.device, 10**6)
+    else:
+        known, size = training.classes // 2, settings.IMAGE_SIZE
+        net = train_features(training, known, settings)
+        test = tests[training.name]
+        images, y = test.x[test.y >= known], test.y[test.y >= known] - known
+        features = torch.cat([net.body(x.view(-1, 1, size, size)).detach()
+                              for x in images.split(500)])
+        features = (features - features.mean()) / features.std()
+        for word, x in (("pixels", images), ("features", features)):
+            inputs[word] = Dataset(word, x, y, test.classes - known)
+    rows, n = [], settings.EVAL_SEQUENCES
+    for (word, dataset), shots in itertools.product(inputs.items(), shots_of(settings)):
+        hits = {}
+        for start in range(0, n, EVAL_BATCH):
+            x, y = draw_episodes(dataset, min(EVAL_BATCH, n - start), settings.WAYS, shots,
+                                 settings, ("episodes", word, shots, start))
+            for learner, labels in last_predictions(model, x, y, precision).items():
+                hits[learner] = hits.get(learner, 0) + (labels == y[:, -1].cpu()).sum().item()
+        rows += [dict(input=word, ways=settings.WAYS, shots=shots, learner=learner,
+                      accuracy=right / n, episodes=n) for learner, right in hits.items()]
+    return rows
+
+
+def shots_of(settings):
+    """Return SHOTS as numbers; raise UserError for anything else."""
+    words = [word.strip() for word in settings.SHOTS.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words) or settings.WAYS > C:
+        raise UserError(f"SHOTS={settings.SHOTS}, WAYS={settings.WAYS}: expected numbers of "
+                        f"examples such as 1,5 and at most {C} ways.")
+    return [int(word) for word in words]
+
+
+@torch.no_grad()
+def last_predictions(model, x, y, precision):
+    """Return {learner: label (B,) of the last example}, among the classes that were shown."""
+    scores = {"in-context": logits_of(model, x, y, precision)[:, -1].cpu()}
+    gram, targets = (x @ x.mT).cpu(), F.one_hot(y[:, :-1].cpu(), C).float()
+    scores |= {name: learner(gram, targets)[:, 0] for name, learner in CLASSICAL.items()}
+    return {name: score.masked_fill(targets.sum(1) == 0, -math.inf).argmax(-1)
+            for name, score in scores.items()}
+
+
+def report_features(rows, figure):
+    """One panel for each kind of input: accuracy against shots."""
+    kinds, shots = values_of(rows, "input"), sorted(values_of(rows, "shots"))
+    figure.set_size_inches(max(6, 5 * len(kinds)), 4.4)
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    lines = [f"{str(rows[0]['ways']) + '-way episodes, accuracy (%)':40}" + "".join(
+        f"{f'{k} shots':>14}" for k in shots)]
+    for panel, kind in zip(panels, kinds):
+        for learner in values_of(rows, "learner"):
+            found = [with_sampling([row["accuracy"] for row in mine], mine[0]["episodes"])
+                     for mine in (select(rows, input=kind, learner=learner, shots=k)
+                                  for k in shots)]
+            mean, half = 100 * np.array(found).T
+            panel.errorbar(shots, mean, half, marker="o", capsize=3, label=learner,
+                           lw=2 if learner == "in-context" else 1)
+            lines.append(f"{f'{kind}: {learner}':40}" + "".join(
+                f"{m:8.1f} ±{h:4.1f}" for m, h in zip(mean, half)))
+        panel.set(title=kind, xlabel="examples of each class", xscale="log")
+        panel.set_xticks(shots, shots)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy (%)")
+    panels[0].legend(fontsize=8)
+    return lines
+
+
+# algorithm: which classical learner does the trained model act like? (not in the paper)
+def agreement(a, b, y):
+    """Return how predictions a and b (n,) of the labels y (n,) agree: a dict.
+
+    agreement: share of equal predictions; expected: that share if their hits and their mistakes
+    were independent, given how accurate both are; kappa: the excess, as a share of what is
+    possible (as Cohen's); same_mistake: share of equal predictions where both are wrong.
+    """
+    p, q, both_wrong = (a == y).mean(), (b == y).mean(), (a != y) & (b != y)
+    same, expected = (a == b).mean(), p * q + (1 - p) * (1 - q) / (C - 1)
+    return dict(agreement=same, expected=expected, kappa=(same - expected) / (1 - expected),
+                same_mistake=(a == b)[both_wrong].mean() if both_wrong.any() else math.nan)
+
+
+def measure_algorithm(settings, data, precision):
+    """Return how the model's predictions agree with classical learners', by number of examples
+    and over the training; and with those of a model with another seed, for comparison.
+    """
+    (training, _, tests), twin_name = data, "same model, other seed"
+    n, rows, lengths = settings.EVAL_SEQUENCES, [], [
+        k for k in (2, 5, 10, 20, 50) if k < settings.NUM_EXAMPLES - 1]
+    lengths.append(settings.NUM_EXAMPLES - 1)
+    marks = [step for step in (1, 10, 30, 100, 300) if step < settings.STEPS] + [settings.STEPS]
+    other = default_settings(**{**vars(settings), "SEED": settings.SEED + 1000})
+    twin = trained(other, training, precision)
+    found = {name: predictions(twin, dataset, n, settings, precision, lengths=lengths)
+             for name, dataset in tests.items()}
+    for known, *_ in found.values():
+        known[twin_name] = known.pop("Transformer")[:, lengths]
+
+    def compare(step, name, a, b, mine, theirs, y):
+        for i, k in enumerate(lengths):
+            rows.append(dict(step=step, tested_on=name, examples=k, a=a, b=b,
+                             **agreement(mine[:, i], theirs[:, i], y[:, k])))
+
+    torch.manual_seed(settings.SEED)
+    model = make_model(settings).to(training.x.device)
+    for step, _ in training_steps(model, training, settings, precision):
+        for name, (known, y, _) in found.items() if step in marks else ():
+            labels = predictions(model, tests[name], n, settings, precision)[0]
+            mine = labels["Transformer"][:, lengths]
+            for learner, theirs in known.items():
+                compare(step, name, "in-context", learner, mine, theirs, y)
+    for name, (known, y, _) in found.items():
+        for a, b in itertools.combinations([k for k in known if k != twin_name], 2):
+            compare(settings.STEPS, name, a, b, known[a], known[b], y)
+    return rows
+
+
+def report_algorithm(rows, figure):
+    """For each data set: kappa by number of examples, over the training, and of all learners."""
+    kinds, last = values_of(rows, "tested_on"), max(row["step"] for row in rows)
+    lengths, lines = values_of(rows, "examples"), []
+    figure.set_size_inches(16, 4.8 * len(kinds))
+    grid = figure.subplots(len(kinds), 3, squeeze=False)
+    for panels, kind in zip(grid, kinds):
+        ours = select(rows, a="in-context", tested_on=kind)
+        others, steps = values_of(ours, "b"), values_of(ours, "step")
+        for panel, axis, marks, fixed in (
+                (panels[0], "examples", lengths, dict(step=last)),
+                (panels[1], "step", steps, dict(examples=lengths[-1]))):
+            lines += ["", f"{kind}: agreement with the model beyond accuracy, kappa, by {axis}",
+                      f"{'':26}" + "".join(f"{mark:>14}" for mark in marks)]
+            for other in others:
+                found = [mean_interval([row["kappa"] for row in select(
+                    ours, b=other, **{axis: mark}, **fixed)]) for mark in marks]
+                mean, half = np.array(found).T
+                lines.append(f"{other:26}" + "".join(f"{m:8.2f} ±{h:4.2f}" for m, h in found))
+                panel.errorbar(marks, mean, half, marker="o", capsize=3, label=other,
+                               ls=":" if other.startswith("same model") else "-")
+            panel.set(title=f"{kind}, {'trained' if axis == 'examples' else 'after 99 examples'}",
+                      xlabel="examples in context" if axis == "examples" else "training step",
+                      ylabel="kappa", xscale="log")
+            panel.grid(alpha=0.3)
+        panels[0].legend(fontsize=8)
+        names = ["in-context", *others]
+        matrix = np.full((len(names), len(names)), np.nan)
+        for (i, a), (j, b) in itertools.product(enumerate(names), repeat=2):
+            pair = select(rows, a=a, b=b, tested_on=kind, step=last, examples=lengths[-1])
+            if pair:
+                matrix[i, j] = matrix[j, i] = np.mean([row["kappa"] for row in pair])
+                panels[2].text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center")
+                panels[2].text(i, j, f"{matrix[i, j]:.2f}", ha="center", va="center")
+        panels[2].imshow(matrix, cmap="Greens", vmin=0, vmax=1.2)
+        panels[2].set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+        panels[2].set_yticks(range(len(names)), names, fontsize=8)
+        panels[2].set_title("kappa of all pairs")
+    return lines[1:]
+
+
+# What the small ones among them share: 8x8 images, and a model small enough for many runs.
+SMALL = dict(IMAGE_SIZE=8, PROJECTION_SIZE=64, NUM_EXAMPLES=36, COMPARE_IMAGES=False,
+             ATTENTION_SCALE=16.0, OUTPUT_STD=1.0, MODEL_SIZE=64, NUM_LAYERS=2, MLP_SIZE=0,
+             BATCH_SIZE=64, STEPS=800, LEARNING_RATE=3e-3, DECAY_FRACTION=0.3, EVAL_SEQUENCES=1024)
+EXPERIMENTS = {
+    "phases": Experiment(
+        "Memorising, identifying tasks, learning to learn: by number of training tasks",
+        SMALL, [dict(kind, **cell) for kind in (
+            dict(ARCHITECTURE="transformer", TOKEN_FORMAT="paper", GUIDED_START=True),
+            dict(ARCHITECTURE="transformer", TOKEN_FORMAT="pairs", GUIDED_START=False),
+            dict(ARCHITECTURE="mlp", TOKEN_FORMAT="paper", GUIDED_START=True))
+            for cell in product(MODEL_SIZE=[32, 64, 128],
+                                NUM_TASKS=[2**k for k in (0, 4, 8, 10, 12, 14, 18)])],
+        measure_phases, report_phases),
+    "architectures": Experiment(
+        "Accuracy against state and against parameters",
+        dict(SMALL, GUIDED_START=False, BATCH_SIZE=32), [
+            *product(ARCHITECTURE=["transformer", "deltanet", "outer_lstm"],
+                     MODEL_SIZE=[32, 64, 128], CELL_SIZE=[8]),
+            *product(ARCHITECTURE=["lstm"], MODEL_SIZE=[32, 128, 256], CELL_SIZE=[8]),
+            *product(ARCHITECTURE=["vsml"], MODEL_SIZE=[64], CELL_SIZE=[4, 8]),
+            *product(ARCHITECTURE=["vsml_free"], MODEL_SIZE=[8, 16], CELL_SIZE=[8])],
+        measure_architectures, report_architectures),
+    "plateau": Experiment(
+        "Length of the plateau: filled where it was left, hollow where it was not",
+        dict(SMALL, NUM_EXAMPLES=30, STEPS=1200, DECAY_FRACTION=0.0), [
+            {**PLATEAU_BASE, **cell} for cells in PLATEAU_FACTORS.values() for cell in cells],
+        measure_plateau, report_plateau),
+    "table": Experiment(
+        "The paper's table, meta-trained on MNIST",
+        dict(EVAL_DATASETS="auto,KMNIST?,Random,CIFAR10?,SVHN?", EVAL_SEQUENCES=1024), [
+            dict(ARCHITECTURE="transformer", PROJECTION_SIZE=784, MODEL_SIZE=128, NUM_LAYERS=6,
+                 STEPS=600, BATCH_SIZE=32, LEARNING_RATE=5e-3),
+            dict(ARCHITECTURE="lstm", PROJECTION_SIZE=784, MODEL_SIZE=128, NUM_LAYERS=2,
+                 STEPS=1500, BATCH_SIZE=32, LEARNING_RATE=1e-3),
+            dict(ARCHITECTURE="maml", PROJECTION_SIZE=784, MODEL_SIZE=128, NUM_LAYERS=1,
+                 STEPS=600, BATCH_SIZE=16, LEARNING_RATE=1e-3),
+            dict(ARCHITECTURE="vsml", PROJECTION_SIZE=64, MODEL_SIZE=64, NUM_LAYERS=1,
+                 STEPS=600, BATCH_SIZE=16, LEARNING_RATE=3e-3)],
+        measure_table, report_table),
+    "features": Experiment(
+        "Few-shot classification of classes that nothing was trained on",
+        dict(STEPS=600, EVAL_SEQUENCES=1024), [{}], measure_features, report_features),
+    "algorithm": Experiment(
+        "Which classical learner does the trained model act like?",
+        dict(STEPS=600, EVAL_SEQUENCES=1024), [{}], measure_algorithm, report_algorithm),
+}
+
+
 # --------------------------------------------------------------------------------- the whole job
 def load_all(settings, device):
     """Return (training, validation, tests, notices): Datasets, {row: (Dataset, NUM_TASKS)}, texts.
@@ -1618,15 +2654,17 @@ def load_tests(name, settings, device, notices):
     """Return the rows of the evaluation, {row: (Dataset, NUM_TASKS)}, after training on `name`."""
     unseen = {"RenderedDigits": "RenderedLetters", "FashionMNIST": "MNIST"}
     unseen = unseen.get(name, "FashionMNIST")
-    wanted = [name, unseen] if settings.EVAL_DATASETS == "auto" else [
-        word.strip() for word in settings.EVAL_DATASETS.split(",") if word.strip()]
+    wanted = [word.strip() for word in settings.EVAL_DATASETS.split(",") if word.strip()]
+    if "auto" in wanted:
+        wanted = [name, f"{unseen}?", *(word for word in wanted if word != "auto")]
     tests = {}
     for word in wanted:
+        word, optional = word.rstrip("?"), word.endswith("?")
         known = Path(word).resolve() == Path(name).resolve()           # a path has many names
         try:
             dataset = load_dataset(word, "test" if known else "unseen", settings, device)
         except DataUnavailable as error:
-            if settings.EVAL_DATASETS != "auto":
+            if not optional:
                 raise
             notices.append(f"\n*** NOTICE: {error}\n*** It is left out of the evaluation.\n")
             continue
@@ -1678,7 +2716,7 @@ def run(preset, settings):
     for notice in notices:
         log(notice)
     torch.manual_seed(settings.SEED)
-    model = InContextTransformer(settings).to(device)
+    model = make_model(settings).to(device)
     data = [("meta-training", training), ("validation", validation)] + [
         ("test", dataset) for dataset in {id(d): d for d, _ in tests.values()}.values()]
     announce(preset, settings, device, why, precision, data, model, folder, log)
@@ -1715,9 +2753,7 @@ def test_and_report(model, tests, settings, precision, folder, log, began, facts
                               paper=PAPER.get(row, {}) if comparable else {})
     results = dict(
         **facts, settings=vars(settings), data_sets=data_sets,
-        context_lengths=context_lengths(settings), device=device.type, precision=precision,
-        machine=machine(device), versions=dict(
-            python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+        context_lengths=context_lengths(settings), **surroundings(device, precision),
         parameters=sum(p.numel() for p in model.parameters()),
         temperature=model.temperature.item(), evaluation_seconds=time.time() - trained)
     write_csv(folder / "curves.csv", curve_rows(results))
@@ -1807,6 +2843,8 @@ def main(arguments):
             evaluate_checkpoint(settings, flags)
         elif word == "classify":
             classify(settings)
+        elif word in EXPERIMENTS:
+            sweep(word, settings, flags)
         else:
             with joined_processes(settings):
                 run(word, settings)

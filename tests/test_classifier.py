@@ -24,7 +24,7 @@ def model(blobs):
     torch.manual_seed(0)
     chosen = gpicl.default_settings(**{**TINY, "NUM_EXAMPLES": 30, "STEPS": 150, "BATCH_SIZE": 16,
                                        "PROJECTION_SIZE": 64})
-    network = gpicl.InContextTransformer(chosen)
+    network = gpicl.InContextModel(chosen)
     train(network, blobs, chosen)
     return network
 
@@ -257,7 +257,7 @@ def test_bad_use_is_refused(model, tmp_path):
         InContextClassifier(model).fit(X, y).save(tmp_path / "no" / "c.pt")
     with pytest.raises(UserError, match="there is no checkpoint"):
         InContextClassifier("nowhere/model.pt").fit(X, y)
-    paper = gpicl.InContextTransformer(gpicl.default_settings(**TINY, TOKEN_FORMAT="paper"))
+    paper = gpicl.InContextModel(gpicl.default_settings(**TINY, TOKEN_FORMAT="paper"))
     with pytest.raises(UserError, match="TOKEN_FORMAT=paper .* at most 11 examples"):
         InContextClassifier(paper).fit(X, y)
 

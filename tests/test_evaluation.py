@@ -70,7 +70,7 @@ def test_sgd_matches_autograd_on_explicit_weights(problems):
 
 def test_all_learners_see_the_same_sequences_and_curves_add_up(blobs, tiny):
     settings = tiny(EVAL_SEQUENCES=100)
-    model = gpicl.InContextTransformer(settings)
+    model = gpicl.InContextModel(settings)
     curves, _ = gpicl.evaluate(model, blobs, settings, "fp32")
     assert set(curves) == {"Transformer", *gpicl.CLASSICAL, "mean of 8 passes"}
     assert curves["Transformer"]["examples"] == list(range(12))
@@ -111,7 +111,7 @@ def test_averaging_undoes_its_permutations_and_beats_one_noisy_pass(blobs, tiny)
 
 def test_flops_are_those_of_the_matrix_products(tiny):
     settings = tiny(PROJECTION_SIZE=32)
-    model = gpicl.InContextTransformer(settings)
+    model = gpicl.InContextModel(settings)
     x, y = torch.randn(2, 12, 32), torch.randint(10, (2, 12))
     found = gpicl.flops(model, x, y)
     weights = sum(p.numel() for p in model.parameters() if p.ndim == 2 and p.shape[1] > 4)

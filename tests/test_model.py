@@ -13,7 +13,7 @@ FORMATS = [dict(TOKEN_FORMAT="pairs"), dict(TOKEN_FORMAT="pairs", COMPARE_IMAGES
 def lively_model(settings):
     """Return a model whose zero-initialised matrices are random, so that every path counts."""
     torch.manual_seed(0)
-    model = gpicl.InContextTransformer(settings)
+    model = gpicl.InContextModel(settings)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2 and parameter.abs().max() == 0:
@@ -40,7 +40,7 @@ def test_causality(form, tiny):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_label_beside_an_example_is_the_one_before(form, tiny):
-    model, seen = gpicl.InContextTransformer(tiny(**form)), []
+    model, seen = gpicl.InContextModel(tiny(**form)), []
     model.embed_label.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0]))
     y = torch.randint(10, (3, 12))
     model(torch.randn(3, 12, 32), y)
@@ -51,7 +51,7 @@ def test_the_label_beside_an_example_is_the_one_before(form, tiny):
 
 def test_pairs_put_the_label_beside_its_own_image(tiny):
     settings, seen = tiny(), []
-    model = gpicl.InContextTransformer(settings)
+    model = gpicl.InContextModel(settings)
     model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     x, y = torch.randn(2, 12, 32), torch.randint(10, (2, 12))
     model(x, y)
@@ -129,5 +129,5 @@ def test_untrained_is_at_chance(form, tiny, blobs):
     # lively, not trained: later positions could only be right by luck (10 % +- 5 std)
     assert (right - 0.1).abs().max() < 5 * math.sqrt(0.09 / 2000)
     loss = torch.nn.functional.cross_entropy(
-        gpicl.InContextTransformer(settings)(x, y).flatten(0, 1), y.flatten())
+        gpicl.InContextModel(settings)(x, y).flatten(0, 1), y.flatten())
     assert loss.item() == pytest.approx(math.log(10), abs=1e-4)

@@ -27,7 +27,7 @@ def train(model, dataset, settings):
 
 def test_every_parameter_is_in_exactly_one_optimizer(tiny):
     for optimizer in ("muon", "adamw"):
-        model = gpicl.InContextTransformer(tiny(OPTIMIZER=optimizer))
+        model = gpicl.InContextModel(tiny(OPTIMIZER=optimizer))
         held = [id(p) for o in gpicl.make_optimizers(model, tiny(OPTIMIZER=optimizer))
                 for group in o.param_groups for p in group["params"]]
         assert sorted(held) == sorted(id(p) for p in model.parameters())
@@ -45,7 +45,7 @@ def test_one_fixed_task_is_memorised_within_a_few_steps(form, tiny, blobs):
     """With one task, even the first label of a sequence can be known: from the weights."""
     torch.manual_seed(0)
     settings = tiny(NUM_TASKS=1, STEPS=60, BATCH_SIZE=16, LEARNING_RATE=5e-3, **form)
-    model = gpicl.InContextTransformer(settings)
+    model = gpicl.InContextModel(settings)
     train(model, blobs, settings)
     x, y = gpicl.draw_sequences(blobs, 200, settings, ("other images",), 1)
     right = gpicl.logits_of(model, x, y, "fp32").argmax(-1) == y
@@ -58,7 +58,7 @@ def test_a_tiny_model_meta_learns_on_rendered_data(tiny, tmp_path):
     settings = tiny(NUM_EXAMPLES=50, PROJECTION_SIZE=256, MODEL_SIZE=64, MLP_SIZE=128, STEPS=120,
                     BATCH_SIZE=16, EVAL_SEQUENCES=1024, DATA_DIR=str(tmp_path), WARMUP_STEPS=10)
     digits = gpicl.load_dataset("RenderedDigits", "train", settings, "cpu")
-    model = gpicl.InContextTransformer(settings)
+    model = gpicl.InContextModel(settings)
     train(model, digits, settings)
     for name in ("RenderedDigits", "RenderedLetters"):
         dataset = gpicl.load_dataset(name, "test", settings, "cpu")
