@@ -1910,9 +1910,22 @@ def mean_interval(values):
     """Return the mean, and half of its 95 % t interval (nan for a single value)."""
     values = np.asarray(values, float)
     if len(values) < 2:
-        return values.mean(), math.nan
+        return values.mean() if len(values) else math.nan, math.nan
     t = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[min(len(values), 10) - 2]
     return values.mean(), t * values.std(ddof=1) / len(values)**0.5
+
+
+def summary(rows, name):
+    """Return the mean of a column over the seeds, and half of its 95 % interval.
+
+    A column of rows with `sequences` is a proportion of so many. They are the same ones for every
+    seed, so that their own uncertainty is added to that of the seeds.
+    """
+    mean, half = mean_interval([row[name] for row in rows])
+    if rows and "sequences" in rows[0]:
+        low, high = interval(mean * rows[0]["sequences"], rows[0]["sequences"])
+        half = math.hypot(0 if math.isnan(half) else half, (high - low) / 2)
+    return mean, half
 
 
 def select(rows, **wanted):
@@ -1923,6 +1936,44 @@ def select(rows, **wanted):
 def values_of(rows, name):
     """Return the different values of a column, in the order of their first rows."""
     return list(dict.fromkeys(row[name] for row in rows))
+
+
+def curves(rows, panel, x, y, by, title, unit=100, digits=1):
+    """Draw the means of column y against column x, with 95 % intervals over the seeds, a curve for
+    each value of column `by`. Return the same numbers, times `unit`, as lines of text.
+    """
+    marks = values_of(rows, x)
+    numeric = not any(isinstance(mark, str) for mark in marks)
+    marks = sorted(marks) if numeric else marks
+    lines = ["", f"{title}, by {x}", " " * 26 + "".join(f"{mark:>15}" for mark in marks)]
+    for kind in values_of(rows, by):
+        found = [summary(select(rows, **{by: kind, x: mark}), y) for mark in marks]
+        mean, half = unit * np.array(found).T
+        lines.append(f"{kind!s:26}" + "".join(
+            f"{m:9.{digits}f} ±{h:4.{digits}f}" for m, h in zip(mean, half)))
+        if panel:
+            panel.errorbar(marks if numeric else range(len(marks)), mean, half, marker="o", ms=4,
+                           capsize=3, label=kind)
+    if panel:
+        panel.set(title=title, xlabel=x)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+        if not numeric:
+            panel.set_xticks(range(len(marks)), marks, fontsize=8)
+    return lines
+
+
+def heat_map(panel, rows, x, y, value, title, unit=100, digits=0):
+    """Draw the means of a column by two others as a field of colours and numbers."""
+    columns, lines = values_of(rows, x), values_of(rows, y)
+    means = np.array([[unit * summary(select(rows, **{x: a, y: b}), value)[0] for a in columns]
+                      for b in lines])
+    panel.imshow(means, aspect="auto", cmap="Greens", vmin=0)
+    for (i, j), mean in np.ndenumerate(means):
+        panel.text(j, i, f"{mean:.{digits}f}", ha="center", va="center")
+    panel.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
+    panel.set_yticks(range(len(lines)), lines, fontsize=8)
+    panel.set(title=title, xlabel=x, ylabel=y)
 
 
 def training_steps(model, dataset, settings, precision):
@@ -2091,56 +2142,26 @@ def report_phases(rows, figure):
              ("mlp", "paper"): "MLP, which sees no context"}
     kinds = {(a, t): label for (a, t), label in kinds.items()
              if select(rows, ARCHITECTURE=a, TOKEN_FORMAT=t)}
-    figure.set_size_inches(15, 3.8 * len(kinds))
+    figure.set_size_inches(16, 4 * len(kinds))
     grid, lines = figure.subplots(len(kinds), 3, squeeze=False), []
     for panels, ((architecture, token), label) in zip(grid, kinds.items()):
         mine = select(rows, ARCHITECTURE=architecture, TOKEN_FORMAT=token)
-        tasks, sizes = sorted(values_of(mine, "NUM_TASKS")), sorted(values_of(mine, "MODEL_SIZE"))
-        exponents = [math.log2(n) for n in tasks]
-        lines += ["", f"{label}: improvement (last tenth - first, points) with 2**k tasks",
-                  f"{'width, tested on':28}" + "".join(f"{k:12.0f}" for k in exponents)]
-        for size in sizes:
-            for color, kind in enumerate(values_of(mine, "tested_on")):
-                found = [mean_interval([row["improvement"] for row in select(
-                    mine, NUM_TASKS=n, MODEL_SIZE=size, tested_on=kind)]) for n in tasks]
-                lines.append(f"{f'{size}, {kind}':28}" + "".join(
-                    f"{100 * mean:6.1f} ±{100 * half:4.1f}" for mean, half in found))
-                if size == sizes[-1]:
-                    mean, half = 100 * np.array(found).T
-                    panels[0].errorbar(exponents, mean, half, fmt=f"C{color}o-", ms=4, capsize=3,
-                                       label=kind)
-        panels[0].set(title=f"{label} (width {sizes[-1]})", ylim=(-5, 75),
-                      ylabel="improvement in the sequence (points)")
-        panels[0].legend(fontsize=8, loc="upper left")
-        panels[0].grid(alpha=0.3)
+        for size in sorted(values_of(mine, "MODEL_SIZE")):
+            panels[0].clear()                            # the widest is drawn
+            lines += curves(select(mine, MODEL_SIZE=size), panels[0], "NUM_TASKS", "improvement",
+                            "tested_on", f"{label}, width {size}: improvement (points)")
+            for kind in values_of(mine, "tested_on"):
+                surely = [n for n in sorted(values_of(mine, "NUM_TASKS")) if np.subtract(*summary(
+                    select(mine, MODEL_SIZE=size, NUM_TASKS=n, tested_on=kind), "improvement"))
+                    > 0.1]
+                words = ", ".join(f"2**{math.log2(n):.0f}" for n in surely) or "no number of"
+                lines.append(f"  {kind}: surely above 10 points with {words} tasks")
+        panels[0].set_xscale("log", base=2)
+        panels[0].set_ylim(-5, 65)
         for panel, kind in zip(panels[1:], ("seen tasks", "unseen tasks")):
-            accuracy = [[100 * np.mean([row["last"] for row in select(
-                mine, NUM_TASKS=n, MODEL_SIZE=size, tested_on=kind)] or [math.nan])
-                for n in tasks] for size in sizes]
-            panel.imshow(accuracy, vmin=10, vmax=100, aspect="auto", origin="lower")
-            for (i, j), value in np.ndenumerate(accuracy):
-                panel.text(j, i, f"{value:.0f}", ha="center", va="center",
-                           color="w" if value < 60 else "k")
-            panel.set_xticks(range(len(tasks)), [f"{k:.0f}" for k in exponents])
-            panel.set_yticks(range(len(sizes)), sizes)
-            panel.set(title=f"accuracy (%) at the end, {kind}", ylabel="model size")
-        for kind in values_of(mine, "tested_on"):
-            lines.append(f"  {kind}: improvement above 10 points "
-                         + first_above(select(mine, tested_on=kind), 0.1))
-    for panel in grid[-1]:
-        panel.set_xlabel("number of tasks, log2")
-    return lines[1:]
-
-
-def first_above(rows, level):
-    """Return in words from which number of tasks on the improvement is surely above a level."""
-    words = []
-    for size in sorted(values_of(rows, "MODEL_SIZE")):
-        found = [n for n in sorted(values_of(rows, "NUM_TASKS")) if np.subtract(*mean_interval(
-            [row["improvement"] for row in select(rows, MODEL_SIZE=size, NUM_TASKS=n)])) > level]
-        words.append(f"from 2**{math.log2(found[0]):.0f} tasks" if found else "nowhere")
-    return ", ".join(f"{word} (width {size})" for word, size in zip(
-        words, sorted(values_of(rows, "MODEL_SIZE"))))
+            heat_map(panel, select(mine, tested_on=kind), "NUM_TASKS", "MODEL_SIZE", "last",
+                     f"accuracy (%) at the end, {kind}")
+    return lines
 
 
 # plateau: how long the loss stays at that of guessing (paper, Sec. 4.4 and 4.5)
@@ -2193,32 +2214,25 @@ def measure_plateau(settings, data, precision, every=20, enough=3):
 
 
 def report_plateau(rows, figure):
-    """One panel for each factor: the length against its values, where it ended; else an arrow."""
-    figure.set_size_inches(15, 7)
-    panels, lines = figure.subplots(2, 3).flat, [
-        f"{'plateau, steps':44}{'training tasks':>24}{'unseen tasks':>24}"]
+    """One panel for each factor: the lengths where the plateau was left; hollow where not."""
+    figure.set_size_inches(16, 8)
+    panels, lines, cap = figure.subplots(2, 3).flat, [], max(row["steps"] for row in rows)
     fixed = {key: rows[0][key] for key in PLATEAU_BASE if len(values_of(rows, key)) == 1}
     for panel, (factor, cells) in zip(panels, PLATEAU_FACTORS.items()):
-        lines.append(factor)
-        for i, cell in enumerate(cells):
-            words = " ".join(str(value) for value in cell.values())
-            line = f"  {words:42}"
-            mine = select(rows, **{**PLATEAU_BASE, **cell, **fixed})
-            for color, kind in enumerate(values_of(mine, "tested_on")):
-                runs = select(mine, tested_on=kind)
-                left = [row["length"] for row in runs if row["left"]]
-                panel.plot([i] * len(left), left, f"C{color}o", label=kind if not i else None)
-                for row in runs:
-                    if not row["left"]:
-                        panel.plot(i, row["steps"], f"C{color}^", mfc="none")
-                mean, half = mean_interval(left) if left else (math.nan, math.nan)
-                line += f"{mean:9.0f} ±{half:5.0f} ({len(left)} of {len(runs)})"
-            lines.append(line)
-        panel.set_xticks(range(len(cells)), [
-            "\n".join(str(value) for value in cell.values()) for cell in cells], fontsize=8)
-        panel.set(title=factor, ylabel="plateau (steps)", yscale="log")
-        panel.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8)
+        runs = [dict(row, value="\n".join(str(value) for value in cell.values())) for cell in cells
+                for row in select(rows, **{**PLATEAU_BASE, **cell, **fixed})]
+        shown = [dict(row, value=row["value"].replace("\n", " ")) for row in runs]
+        lines += curves(select(shown, left=True), None, "value", "length", "tested_on",
+                        f"{factor}: plateau (steps)", 1, 0)
+        curves(runs, panel, "value", "length", "tested_on", f"{factor}: plateau (steps)", 1, 0)
+        stuck = select(shown, left=False)
+        lines += [f"  not left within {cap} steps: {value}, {kind}, {len(some)} runs"
+                  for value, kind in dict.fromkeys((r["value"], r["tested_on"]) for r in stuck)
+                  for some in [select(stuck, value=value, tested_on=kind)]]
+        for row in select(runs, left=False):
+            panel.plot(values_of(runs, "value").index(row["value"]), cap, "^", mfc="none",
+                       color="C0" if row["tested_on"] == "training tasks" else "C1")
+        panel.set(yscale="log", xlabel="")
     others = {**{k: v for k, v in PLATEAU_BASE.items() if k != "BATCH_SIZE"}, **fixed}
     left = select(rows, left=True, tested_on="unseen tasks", **others)
     if len(values_of(left, "BATCH_SIZE")) > 2:
@@ -2258,40 +2272,29 @@ def rank_correlation(x, y):
 
 def report_architectures(rows, figure):
     """Two panels, accuracy against state and against parameters, with rank correlations."""
-    figure.set_size_inches(12, 5)
-    panels, name = figure.subplots(1, 2, sharey=True), rows[0]["tested_on"]
-    kinds = values_of(rows, "tested_on")
-    lines = [f"{'architecture':14}{'width':>6}{'state':>10}{'parameters':>12}"
-             + "".join(f"{kind:>20}" for kind in kinds)]
-    means = []
-    for color, architecture in enumerate(values_of(rows, "ARCHITECTURE")):
-        mine = select(rows, ARCHITECTURE=architecture)
-        points = []
-        for cell in values_of(mine, "parameters"):
-            runs = select(mine, parameters=cell)
-            found = [mean_interval([100 * r["accuracy"] for r in select(runs, tested_on=kind)])
-                     for kind in kinds]
-            lines.append(f"{architecture:14}{runs[0]['MODEL_SIZE']:6}{runs[0]['state']:10,}"
-                         f"{cell:12,}" + "".join(f"{m:13.1f} ± {h:4.1f}" for m, h in found))
-            points.append((runs[0]["state"], cell, *found[0]))
-        means += points
-        state, parameters, accuracy, half = zip(*points)
-        for panel, x in zip(panels, (state, parameters)):
-            panel.errorbar(x, accuracy, half, fmt=f"C{color}o-", capsize=3, label=architecture)
-    generator = np.random.default_rng(0)
-    for panel, column, what in zip(panels, (0, 1), ("state", "parameters")):
-        every = [rank_correlation([p[column] for p in sample], [p[2] for p in sample])
-                 for sample in ([means[i] for i in generator.integers(len(means), size=len(means))]
-                                for _ in range(2000))]
+    figure.set_size_inches(13, 5)
+    first, lines, models = rows[0]["tested_on"], [], {}
+    for row in rows:
+        models.setdefault((row["ARCHITECTURE"], row["state"], row["parameters"]), []).append(row)
+    for (architecture, state, parameters), mine in models.items():
+        line = f"{architecture:13}{state:9,} numbers of state{parameters:11,} parameters"
+        for kind in values_of(mine, "tested_on"):
+            mean, half = summary(select(mine, tested_on=kind), "accuracy")
+            line += f"   {kind}{100 * mean:6.1f} ±{100 * half:4.1f}"
+        lines.append(line)
+    points = np.array([(state, parameters, summary(select(mine, tested_on=first), "accuracy")[0])
+                       for (_, state, parameters), mine in models.items()])
+    samples = np.random.default_rng(0).integers(len(points), size=(2000, len(points)))
+    for panel, column, what in zip(figure.subplots(1, 2, sharey=True), (0, 1),
+                                   ("state", "parameters")):
+        value, *every = (rank_correlation(some[:, column], some[:, 2])
+                         for some in (points, *points[samples]))
         low, high = np.nanquantile(every, [0.025, 0.975])
-        value = rank_correlation([p[column] for p in means], [p[2] for p in means])
-        lines.append(f"Rank correlation of accuracy on {name} with {what}: {value:.2f} "
-                     f"(95 % interval {low:.2f} to {high:.2f}, {len(means)} kinds of model)")
-        panel.set(xscale="log", xlabel=f"numbers in the {what}" if what == "state" else what,
-                  title=f"rank correlation {value:.2f} ({low:.2f} to {high:.2f})")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel(f"accuracy (%) on {name}, end of the sequence")
-    panels[0].legend(fontsize=8)
+        words = f"rank correlation with {what} {value:.2f} ({low:.2f} to {high:.2f})"
+        curves(select(rows, tested_on=first), panel, what, "accuracy", "ARCHITECTURE",
+               f"accuracy (%) on {first}, {words}")
+        panel.set_xscale("log")
+        lines.append(f"{first}, {len(points)} kinds of model: {words}")
     return lines
 
 
@@ -2316,39 +2319,18 @@ def measure_table(settings, data, precision):
 
 
 def report_table(rows, figure):
-    """Print ours and the paper's numbers side by side, and draw them as bars."""
-    figure.set_size_inches(12, 4.5)
+    """Ours with intervals, and crosses where the paper's numbers are."""
+    figure.set_size_inches(11, 5)
     panel, kinds = figure.subplots(), values_of(rows, "tested_on")
-    methods = [m for m in ("SGD", "MAML", "VSML", "LSTM", "GPICL") if select(rows, method=m)]
-    lines = [f"{'accuracy (%), ours (the paper)':30}" + "".join(f"{kind:>24}" for kind in kinds)]
-    for i, method in enumerate(methods):
-        line = f"{method:30}"
-        for j, kind in enumerate(kinds):
-            mine = select(rows, method=method, tested_on=kind)
-            mean, half = with_sampling([row["accuracy"] for row in mine], mine[0]["sequences"])
-            paper = PAPER.get(kind, {}).get(method)
-            line += f"{100 * mean:12.1f} ±{100 * half:4.1f} " + (
-                f"({paper:4.1f})" if paper else " " * 6)
-            x = j + (i - len(methods) / 2) * 0.15
-            panel.bar(x, 100 * mean, 0.14, yerr=100 * half, color=f"C{i}", capsize=2,
-                      label=None if j else method)
-            if paper:
-                panel.plot(x, paper, "k_", ms=9, mew=2, label=None if j or i else "the paper")
-        lines.append(line.rstrip())
-    panel.axhline(10, color="grey", ls=":")
-    panel.set_xticks(range(len(kinds)), kinds)
-    panel.set(ylabel="accuracy (%) after 99 examples", ylim=(0, 105))
-    panel.legend(fontsize=8, ncols=3)
+    lines = curves(rows, panel, "tested_on", "accuracy", "method", "accuracy (%) after 99 examples")
+    for line in panel.get_lines():
+        line.set_linestyle("")
+    lines += ["", "The paper"]
+    for color, method in enumerate(values_of(rows, "method")):
+        paper = [PAPER.get(kind, {}).get(method, math.nan) for kind in kinds]
+        panel.plot(range(len(kinds)), paper, f"C{color}x", ms=9)
+        lines.append(f"{method:26}" + "".join(f"{value:15.1f}" for value in paper))
     return lines
-
-
-def with_sampling(accuracies, n):
-    """Return the mean over seeds and half of a 95 % interval: of the seeds, and of the n sequences,
-    which are the same for every seed.
-    """
-    mean, half = mean_interval(accuracies)
-    low, high = interval(mean * n, n)
-    return mean, math.hypot(0 if math.isnan(half) else half, (high - low) / 2)
 
 
 # features: few-shot learning on top of the features of another network (paper, App.)
@@ -2436,7 +2418,7 @@ def measure_features(settings, data, precision):
             for learner, labels in last_predictions(model, x, y, precision).items():
                 hits[learner] = hits.get(learner, 0) + (labels == y[:, -1].cpu()).sum().item()
         rows += [dict(input=word, ways=settings.WAYS, shots=shots, learner=learner,
-                      accuracy=right / n, episodes=n) for learner, right in hits.items()]
+                      accuracy=right / n, sequences=n) for learner, right in hits.items()]
     return rows
 
 
@@ -2461,26 +2443,12 @@ def last_predictions(model, x, y, precision):
 
 def report_features(rows, figure):
     """One panel for each kind of input: accuracy against shots."""
-    kinds, shots = values_of(rows, "input"), sorted(values_of(rows, "shots"))
-    figure.set_size_inches(max(6, 5 * len(kinds)), 4.4)
-    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    lines = [f"{str(rows[0]['ways']) + '-way episodes, accuracy (%)':40}" + "".join(
-        f"{f'{k} shots':>14}" for k in shots)]
-    for panel, kind in zip(panels, kinds):
-        for learner in values_of(rows, "learner"):
-            found = [with_sampling([row["accuracy"] for row in mine], mine[0]["episodes"])
-                     for mine in (select(rows, input=kind, learner=learner, shots=k)
-                                  for k in shots)]
-            mean, half = 100 * np.array(found).T
-            panel.errorbar(shots, mean, half, marker="o", capsize=3, label=learner,
-                           lw=2 if learner == "in-context" else 1)
-            lines.append(f"{f'{kind}: {learner}':40}" + "".join(
-                f"{m:8.1f} ±{h:4.1f}" for m, h in zip(mean, half)))
-        panel.set(title=kind, xlabel="examples of each class", xscale="log")
-        panel.set_xticks(shots, shots)
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("accuracy (%)")
-    panels[0].legend(fontsize=8)
+    kinds, lines = values_of(rows, "input"), []
+    figure.set_size_inches(max(6, 6 * len(kinds)), 4.6)
+    for panel, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds):
+        lines += curves(select(rows, input=kind), panel, "shots", "accuracy", "learner",
+                        f"{kind}: accuracy (%), {rows[0]['ways']} ways")
+        panel.set_xscale("log")
     return lines
 
 
@@ -2534,50 +2502,28 @@ def measure_algorithm(settings, data, precision):
 
 
 def report_algorithm(rows, figure):
-    """For each data set: kappa by number of examples, over the training, and of all learners."""
+    """For each data set: kappa by number of examples, over the training, and of all pairs."""
     kinds, last = values_of(rows, "tested_on"), max(row["step"] for row in rows)
-    lengths, lines = values_of(rows, "examples"), []
-    figure.set_size_inches(16, 4.8 * len(kinds))
-    grid = figure.subplots(len(kinds), 3, squeeze=False)
-    for panels, kind in zip(grid, kinds):
+    longest, lines = max(row["examples"] for row in rows), []
+    figure.set_size_inches(17, 5 * len(kinds))
+    for panels, kind in zip(figure.subplots(len(kinds), 3, squeeze=False), kinds):
         ours = select(rows, a="in-context", tested_on=kind)
-        others, steps = values_of(ours, "b"), values_of(ours, "step")
-        for panel, axis, marks, fixed in (
-                (panels[0], "examples", lengths, dict(step=last)),
-                (panels[1], "step", steps, dict(examples=lengths[-1]))):
-            lines += ["", f"{kind}: agreement with the model beyond accuracy, kappa, by {axis}",
-                      f"{'':26}" + "".join(f"{mark:>14}" for mark in marks)]
-            for other in others:
-                found = [mean_interval([row["kappa"] for row in select(
-                    ours, b=other, **{axis: mark}, **fixed)]) for mark in marks]
-                mean, half = np.array(found).T
-                lines.append(f"{other:26}" + "".join(f"{m:8.2f} ±{h:4.2f}" for m, h in found))
-                panel.errorbar(marks, mean, half, marker="o", capsize=3, label=other,
-                               ls=":" if other.startswith("same model") else "-")
-            panel.set(title=f"{kind}, {'trained' if axis == 'examples' else 'after 99 examples'}",
-                      xlabel="examples in context" if axis == "examples" else "training step",
-                      ylabel="kappa", xscale="log")
-            panel.grid(alpha=0.3)
-        panels[0].legend(fontsize=8)
-        names = ["in-context", *others]
-        matrix = np.full((len(names), len(names)), np.nan)
-        for (i, a), (j, b) in itertools.product(enumerate(names), repeat=2):
-            pair = select(rows, a=a, b=b, tested_on=kind, step=last, examples=lengths[-1])
-            if pair:
-                matrix[i, j] = matrix[j, i] = np.mean([row["kappa"] for row in pair])
-                panels[2].text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center")
-                panels[2].text(i, j, f"{matrix[i, j]:.2f}", ha="center", va="center")
-        panels[2].imshow(matrix, cmap="Greens", vmin=0, vmax=1.2)
-        panels[2].set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
-        panels[2].set_yticks(range(len(names)), names, fontsize=8)
-        panels[2].set_title("kappa of all pairs")
-    return lines[1:]
+        lines += curves(select(ours, step=last), panels[0], "examples", "kappa", "b",
+                        f"{kind}: agreement with the trained model, kappa", 1, 2)
+        lines += curves(select(ours, examples=longest), panels[1], "step", "kappa", "b",
+                        f"{kind}: the same after {longest} examples", 1, 2)
+        for panel in panels[:2]:
+            panel.set_xscale("log")
+        pairs = select(rows, tested_on=kind, step=last, examples=longest)
+        pairs += [dict(row, a=row["b"], b=row["a"]) for row in pairs]
+        heat_map(panels[2], pairs, "a", "b", "kappa", "kappa of all pairs", 1, 2)
+    return lines
 
 
 # What the small ones among them share: 8x8 images, and a model small enough for many runs.
-SMALL = dict(IMAGE_SIZE=8, PROJECTION_SIZE=64, NUM_EXAMPLES=36, COMPARE_IMAGES=False,
+SMALL = dict(IMAGE_SIZE=8, PROJECTION_SIZE=64, NUM_EXAMPLES=30, COMPARE_IMAGES=False,
              ATTENTION_SCALE=16.0, OUTPUT_STD=1.0, MODEL_SIZE=64, NUM_LAYERS=2, MLP_SIZE=0,
-             BATCH_SIZE=64, STEPS=800, LEARNING_RATE=3e-3, DECAY_FRACTION=0.3, EVAL_SEQUENCES=1024)
+             BATCH_SIZE=64, STEPS=1200, LEARNING_RATE=3e-3, DECAY_FRACTION=0.3, EVAL_SEQUENCES=1024)
 EXPERIMENTS = {
     "phases": Experiment(
         "Memorising, identifying tasks, learning to learn: by number of training tasks",
@@ -2586,7 +2532,7 @@ EXPERIMENTS = {
             dict(ARCHITECTURE="transformer", TOKEN_FORMAT="pairs", GUIDED_START=False),
             dict(ARCHITECTURE="mlp", TOKEN_FORMAT="paper", GUIDED_START=True))
             for cell in product(MODEL_SIZE=[32, 64, 128],
-                                NUM_TASKS=[2**k for k in (0, 4, 8, 10, 12, 14, 18)])],
+                                NUM_TASKS=[2**k for k in (0, 4, 8, 9, 10, 12, 18)])],
         measure_phases, report_phases),
     "architectures": Experiment(
         "Accuracy against state and against parameters",
@@ -2599,7 +2545,7 @@ EXPERIMENTS = {
         measure_architectures, report_architectures),
     "plateau": Experiment(
         "Length of the plateau: filled where it was left, hollow where it was not",
-        dict(SMALL, NUM_EXAMPLES=30, STEPS=1200, DECAY_FRACTION=0.0), [
+        dict(SMALL, DECAY_FRACTION=0.0), [
             {**PLATEAU_BASE, **cell} for cells in PLATEAU_FACTORS.values() for cell in cells],
         measure_plateau, report_plateau),
     "table": Experiment(
