@@ -67,10 +67,10 @@ PRECISION = "auto"           # auto (bf16 where the hardware has it), bf16 or fp
 DATA_DIR = "data"            # data sets live here and are downloaded to here
 OUT_DIR = "runs"             # every run gets a folder of its own in here
 
-# Data: torchvision's name, or the path of an .npz file with x and y
+# Data: torchvision's name, Random, or the path of an .npz file with x and y; to test, a name with
+# a question mark is left out where it can't be had
 TRAIN_DATASET = "auto"       # auto: MNIST, or rendered digits where MNIST can't be had
-EVAL_DATASETS = "auto"       # comma-separated; auto: TRAIN_DATASET's test images and FashionMNIST;
-                             # a name with ? only if it can be had; Random: random points as classes
+EVAL_DATASETS = "auto"       # comma-separated; auto: TRAIN_DATASET's test images and FashionMNIST
 IMAGE_SIZE = 28              # images are resized to this height and width (paper: 32)
 VALIDATION_IMAGES = 5000     # last training images, never trained on; a quarter of them at most
 
@@ -454,12 +454,6 @@ class InContextModel(nn.Module):
         nn.init.zeros_(self.head.weight)
         self.register_buffer("temperature", torch.ones(()))          # set by fit_temperature
 
-    def check_context(self, n):
-        """Raise UserError if n examples are more than there are learnt positions for."""
-        if self.positions is not None and n >= len(self.positions):
-            raise UserError(f"{n} examples; this model with TOKEN_FORMAT=paper has learnt "
-                            f"positions for at most {len(self.positions) - 1} examples.")
-
     def forward(self, x, y, queries=1):
         """Return logits (B, T, C) for x (B, T, P) and y (B, T); those of i never use y_i.
 
@@ -692,6 +686,14 @@ class MAML(nn.Module):
                 slopes = torch.autograd.grad(loss, weights, create_graph=training)
                 weights = [w - rate * s for w, rate, s in zip(weights, rates, slopes)]
         return F.pad(net(x[:, n:], weights), (0, 0, n, 0))
+
+
+def check_context(model, n):
+    """Raise UserError if n examples are more than a model has learnt positions for."""
+    positions = getattr(model, "positions", None)
+    if positions is not None and n >= len(positions):
+        raise UserError(f"{n} examples; this model with TOKEN_FORMAT=paper has learnt "
+                        f"positions for at most {len(positions) - 1} examples.")
 
 
 def make_model(settings):
@@ -1048,7 +1050,10 @@ class InContextClassifier:
         self.network_ = self.model
         if not isinstance(self.model, nn.Module):
             self.network_ = load_model(self.model, choose_device("auto")[0])[0]
-        self.network_.check_context(len(x))
+        check_context(self.network_, len(x))
+        if self.network_.settings.ARCHITECTURE != "transformer":
+            raise UserError(f"this model has ARCHITECTURE={self.network_.settings.ARCHITECTURE}; "
+                            "only a transformer answers many queries about one context.")
         # Numbered as they first appear: other names for the classes change nothing but names.
         self.slots_ = torch.as_tensor(first.argsort().argsort())
         self.labels_ = self.slots_[torch.as_tensor(numbers)]
@@ -1186,7 +1191,7 @@ def class_numbers(y, name, most=C):
     except TypeError as error:
         raise UserError(f"{name}: the labels are of several types ({error}).") from None
     if not 2 <= len(kinds) <= most:
-        raise UserError(f"{name}: {len(kinds)} classes; this model tells 2 to {most} of them "
+        raise UserError(f"{name}: {len(kinds)} classes; this model tells 2 to {most} classes "
                         "apart.")
     return kinds, first, numbers
 
@@ -1614,11 +1619,16 @@ def check_settings(s):
     for name in ("BIASED_FRACTION", "DECAY_FRACTION", "ADAM_BETA2"):
         if getattr(s, name) > 1:
             raise UserError(f"{name} is {getattr(s, name)}; expected a share from 0 to 1.")
+    if not s.ATTENTION_SCALE:
+        raise UserError("ATTENTION_SCALE=0 leaves nothing to attend by; expected a number above 0.")
     if s.ADAM_BETA2 == 1:
         raise UserError("ADAM_BETA2=1 would never forget; expected a number below 1.")
     if s.MODEL_SIZE % s.NUM_HEADS or s.MODEL_SIZE % 2:
         raise UserError(f"MODEL_SIZE={s.MODEL_SIZE} must be even and a multiple of NUM_HEADS="
                         f"{s.NUM_HEADS}.")
+    if s.WAYS > C or not re.fullmatch("[1-9][0-9]*(,[1-9][0-9]*)*", s.SHOTS):
+        raise UserError(f"WAYS={s.WAYS}, SHOTS={s.SHOTS}: expected at most {C} ways, and numbers "
+                        "of examples such as 1,5.")
     if s.NUM_EXAMPLES < 2:
         raise UserError("NUM_EXAMPLES=1 leaves nothing to learn from; expected 2 or more.")
     if s.VALIDATION_IMAGES < s.NUM_EXAMPLES:
@@ -1906,13 +1916,18 @@ def product(**axes):
     return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
 
 
+def student(freedom):
+    """Return the 97.5 % quantile of Student's t distribution."""
+    few = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    return few[freedom - 1] if freedom <= len(few) else 1.96 + 2.37 / freedom + 2.8 / freedom**2
+
+
 def mean_interval(values):
     """Return the mean, and half of its 95 % t interval (nan for a single value)."""
     values = np.asarray(values, float)
     if len(values) < 2:
         return values.mean() if len(values) else math.nan, math.nan
-    t = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[min(len(values), 10) - 2]
-    return values.mean(), t * values.std(ddof=1) / len(values)**0.5
+    return values.mean(), student(len(values) - 1) * values.std(ddof=1) / len(values)**0.5
 
 
 def summary(rows, name):
@@ -1970,7 +1985,8 @@ def heat_map(panel, rows, x, y, value, title, unit=100, digits=0):
                       for b in lines])
     panel.imshow(means, aspect="auto", cmap="Greens", vmin=0)
     for (i, j), mean in np.ndenumerate(means):
-        panel.text(j, i, f"{mean:.{digits}f}", ha="center", va="center")
+        if not math.isnan(mean):
+            panel.text(j, i, f"{mean:.{digits}f}", ha="center", va="center")
     panel.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
     panel.set_yticks(range(len(lines)), lines, fontsize=8)
     panel.set(title=title, xlabel=x, ylabel=y)
@@ -2031,18 +2047,20 @@ def runs_of(name, settings, flags):
 
 def sweep(name, settings, flags):
     """Make the runs of an experiment that are not yet made; write and print what they tell."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UserError(f"{name} starts processes by itself; run it without torchrun.")
     device, why = choose_device(settings.DEVICE)
     precision = choose_precision(settings.PRECISION, device)
+    if settings.FEATURES_FILE:
+        npz_arrays(settings.FEATURES_FILE)               # what is wrong is said before the work
     bare = default_settings(**{**vars(settings), "NUM_TASKS": 0})
-    training, _, tests, notices = load_all(bare, device)                 # the workers find it
-    settings.EVAL_DATASETS = ",".join(tests)
-    if settings.TRAIN_DATASET == "auto":
-        settings.TRAIN_DATASET = training.name
+    training, _, tests, notices = load_all(bare, device)
     runs = runs_of(name, settings, flags)
     varied = {key for run in runs for key in run}
     common = {key: value for key, value in vars(settings).items() if value != globals()[key] and (
         key not in {*varied, "DATA_DIR", "OUT_DIR", "RESULTS_DIR", "SEEDS", "WORKERS"})}
-    folder = make_folder(Path(settings.OUT_DIR, f"{name}-{digest(sorted(common.items()))}"))
+    key = digest(training.name, sorted(tests), sorted(common.items()))
+    folder = make_folder(Path(settings.OUT_DIR, f"{name}-{key}"))
     results, log = make_folder(Path(settings.RESULTS_DIR)), log_to(folder / "log.txt")
     workers = settings.WORKERS or (os.cpu_count() if device.type == "cpu" else 1)
     for notice in notices:
@@ -2058,7 +2076,8 @@ def sweep(name, settings, flags):
     with worker_map(min(workers, len(jobs))) as run_all, open(folder / "runs.jsonl", "a") as file:
         for record in tqdm(run_all(one_run, jobs), total=len(jobs), unit="run", leave=False):
             done[json.dumps(record["cell"])] = record
-            print(json.dumps(record), file=file, flush=True)
+            file.write("\n" + json.dumps(record))        # first: a line cut short stays alone
+            file.flush()
     records = [done[json.dumps(run)] for run in runs]
     rows = [{**record["cell"], **row} for record in records for row in record["rows"]]
     return tell(name, rows, results, log, dict(
@@ -2166,14 +2185,20 @@ def report_phases(rows, figure):
 
 # plateau: how long the loss stays at that of guessing (paper, Sec. 4.4 and 4.5)
 PLATEAU_FACTORS = {
-    "BATCH_SIZE": [dict(BATCH_SIZE=n) for n in (16, 32, 64, 128, 256)],
-    "NUM_TASKS": [dict(NUM_TASKS=n) for n in (2**6, 2**8, 2**10, 2**12, 2**14, 2**16, 0)],
-    "optimiser": [dict(OPTIMIZER="muon"), *(
-        dict(OPTIMIZER="adamw", ADAM_EPSILON=e) for e in (1e-12, 1e-8, 1e-5, 1e-3))],
-    "BIASED_FRACTION": [dict(BIASED_FRACTION=share) for share in (0.0, 0.5, 0.9)],
-    "start": [dict(GUIDED_START=False, OUTPUT_STD=std) for std in (0.0, 1.0)] + [
-        dict(GUIDED_START=True, OUTPUT_STD=1.0)],
-    "paper's token": [dict(TOKEN_FORMAT="paper", GUIDED_START=guided) for guided in (False, True)],
+    "batch size": {str(n): dict(BATCH_SIZE=n) for n in (16, 32, 64, 128, 256)},
+    "tasks": {**{f"2**{k}": dict(NUM_TASKS=2**k) for k in (6, 8, 10, 12, 14, 16)},
+              "fresh": dict(NUM_TASKS=0)},
+    "optimiser": {"Muon": dict(OPTIMIZER="muon"), **{
+        f"AdamW, {e:g}": dict(OPTIMIZER="adamw", ADAM_EPSILON=e)
+        for e in (1e-12, 1e-8, 1e-5, 1e-3)}},
+    "share with one label permutation": {
+        str(share): dict(BIASED_FRACTION=share) for share in (0.0, 0.5, 0.9)},
+    "start": {"zero outputs": dict(GUIDED_START=False, OUTPUT_STD=0.0),
+              "random": dict(GUIDED_START=False, OUTPUT_STD=1.0),
+              "comparing": dict(GUIDED_START=True, OUTPUT_STD=1.0)},
+    "token": {"pairs": dict(TOKEN_FORMAT="pairs", GUIDED_START=False),
+              "paper's": dict(TOKEN_FORMAT="paper", GUIDED_START=False),
+              "paper's, looking back": dict(TOKEN_FORMAT="paper", GUIDED_START=True)},
 }
 PLATEAU_BASE = dict(BATCH_SIZE=64, NUM_TASKS=0, OPTIMIZER="muon", ADAM_EPSILON=1e-8,
                     BIASED_FRACTION=0.0, GUIDED_START=False, OUTPUT_STD=1.0, TOKEN_FORMAT="pairs")
@@ -2199,7 +2224,7 @@ def measure_plateau(settings, data, precision, every=20, enough=3):
     batches = [draw_sequences(validation, 256, settings, ("plateau",), num_tasks)
                for num_tasks in (settings.NUM_TASKS, 0)]
     for step, _ in training_steps(model, training, settings, precision):
-        if step % every == 0:
+        if step % every == 0 or step == settings.STEPS:
             steps.append(step)
             with torch.no_grad():
                 for (x, y), found in zip(batches, losses):
@@ -2219,20 +2244,24 @@ def report_plateau(rows, figure):
     panels, lines, cap = figure.subplots(2, 3).flat, [], max(row["steps"] for row in rows)
     fixed = {key: rows[0][key] for key in PLATEAU_BASE if len(values_of(rows, key)) == 1}
     for panel, (factor, cells) in zip(panels, PLATEAU_FACTORS.items()):
-        runs = [dict(row, value="\n".join(str(value) for value in cell.values())) for cell in cells
+        runs = [dict(row, value=value) for value, cell in cells.items()
                 for row in select(rows, **{**PLATEAU_BASE, **cell, **fixed})]
-        shown = [dict(row, value=row["value"].replace("\n", " ")) for row in runs]
-        lines += curves(select(shown, left=True), None, "value", "length", "tested_on",
-                        f"{factor}: plateau (steps)", 1, 0)
-        curves(runs, panel, "value", "length", "tested_on", f"{factor}: plateau (steps)", 1, 0)
-        stuck = select(shown, left=False)
+        lines += curves(select(runs, left=True), None, "value", "length", "tested_on",
+                        f"Length of the plateau (steps): {factor}", 1, 0)
+        stuck, values = select(runs, left=False), values_of(runs, "value")
         lines += [f"  not left within {cap} steps: {value}, {kind}, {len(some)} runs"
                   for value, kind in dict.fromkeys((r["value"], r["tested_on"]) for r in stuck)
                   for some in [select(stuck, value=value, tested_on=kind)]]
-        for row in select(runs, left=False):
-            panel.plot(values_of(runs, "value").index(row["value"]), cap, "^", mfc="none",
-                       color="C0" if row["tested_on"] == "training tasks" else "C1")
-        panel.set(yscale="log", xlabel="")
+        for color, kind in enumerate(values_of(runs, "tested_on")):
+            for left, marker, fill in ((True, "o", "full"), (False, "^", "none")):
+                some = select(runs, tested_on=kind, left=left)
+                panel.plot([values.index(row["value"]) + 0.15 * color for row in some],
+                           [row["length"] if left else cap for row in some], f"C{color}{marker}",
+                           fillstyle=fill, label=kind if left else None)
+        panel.set_xticks(range(len(values)), values, fontsize=8)
+        panel.set(title=factor, yscale="log", ylabel="plateau (steps)")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
     others = {**{k: v for k, v in PLATEAU_BASE.items() if k != "BATCH_SIZE"}, **fixed}
     left = select(rows, left=True, tested_on="unseen tasks", **others)
     if len(values_of(left, "BATCH_SIZE")) > 2:
@@ -2247,7 +2276,7 @@ def power_law(x, y):
     x, y = np.log(x), np.log(y)
     (slope, start), n = np.polyfit(x, y, 1), len(x)
     error = ((y - slope * x - start)**2).sum() / (n - 2) / ((x - x.mean())**2).sum()
-    return slope, 2.0 * error**0.5
+    return slope, student(n - 2) * error**0.5
 
 
 # architectures: is it the state that matters, or the parameters? (paper, Sec. 4.3)
@@ -2393,14 +2422,16 @@ def measure_features(settings, data, precision):
     """Return the accuracy of in-context and classical learners on episodes of images and of their
     features; of the rows of FEATURES_FILE, if there is one.
     """
-    training, _, tests = data
-    model, inputs = trained(settings, training, precision), {}
+    (training, _, tests), inputs = data, {}
     if settings.FEATURES_FILE:
-        x, y = npz_arrays(settings.FEATURES_FILE)
-        inputs[Path(settings.FEATURES_FILE).stem] = as_dataset(
-            Path(settings.FEATURES_FILE).stem, x, y, settings.IMAGE_SIZE, training.x.device, 10**6)
+        name = Path(settings.FEATURES_FILE).stem
+        inputs[name] = as_dataset(name, *npz_arrays(settings.FEATURES_FILE), settings.IMAGE_SIZE,
+                                  training.x.device, 10**6)
     else:
         known, size = training.classes // 2, settings.IMAGE_SIZE
+        if training.x.shape[1] != size**2 or training.name not in tests:
+            raise UserError("without a FEATURES_FILE the features are made of grey images: train "
+                            "and test on MNIST, FashionMNIST or the like.")
         net = train_features(training, known, settings)
         test = tests[training.name]
         images, y = test.x[test.y >= known], test.y[test.y >= known] - known
@@ -2409,8 +2440,9 @@ def measure_features(settings, data, precision):
         features = (features - features.mean()) / features.std()
         for word, x in (("pixels", images), ("features", features)):
             inputs[word] = Dataset(word, x, y, test.classes - known)
-    rows, n = [], settings.EVAL_SEQUENCES
-    for (word, dataset), shots in itertools.product(inputs.items(), shots_of(settings)):
+    model, rows, n = trained(settings, training, precision), [], settings.EVAL_SEQUENCES
+    for (word, dataset), shots in itertools.product(
+            inputs.items(), map(int, settings.SHOTS.split(","))):
         hits = {}
         for start in range(0, n, EVAL_BATCH):
             x, y = draw_episodes(dataset, min(EVAL_BATCH, n - start), settings.WAYS, shots,
@@ -2420,15 +2452,6 @@ def measure_features(settings, data, precision):
         rows += [dict(input=word, ways=settings.WAYS, shots=shots, learner=learner,
                       accuracy=right / n, sequences=n) for learner, right in hits.items()]
     return rows
-
-
-def shots_of(settings):
-    """Return SHOTS as numbers; raise UserError for anything else."""
-    words = [word.strip() for word in settings.SHOTS.split(",")]
-    if not all(word.isdecimal() and int(word) > 0 for word in words) or settings.WAYS > C:
-        raise UserError(f"SHOTS={settings.SHOTS}, WAYS={settings.WAYS}: expected numbers of "
-                        f"examples such as 1,5 and at most {C} ways.")
-    return [int(word) for word in words]
 
 
 @torch.no_grad()
@@ -2515,7 +2538,7 @@ def report_algorithm(rows, figure):
         for panel in panels[:2]:
             panel.set_xscale("log")
         pairs = select(rows, tested_on=kind, step=last, examples=longest)
-        pairs += [dict(row, a=row["b"], b=row["a"]) for row in pairs]
+        pairs = [dict(row, a=row["b"], b=row["a"]) for row in pairs[::-1]] + pairs
         heat_map(panels[2], pairs, "a", "b", "kappa", "kappa of all pairs", 1, 2)
     return lines
 
@@ -2531,7 +2554,7 @@ EXPERIMENTS = {
             dict(ARCHITECTURE="transformer", TOKEN_FORMAT="paper", GUIDED_START=True),
             dict(ARCHITECTURE="transformer", TOKEN_FORMAT="pairs", GUIDED_START=False),
             dict(ARCHITECTURE="mlp", TOKEN_FORMAT="paper", GUIDED_START=True))
-            for cell in product(MODEL_SIZE=[32, 64, 128],
+            for cell in product(MODEL_SIZE=[32, 128],
                                 NUM_TASKS=[2**k for k in (0, 4, 8, 9, 10, 12, 18)])],
         measure_phases, report_phases),
     "architectures": Experiment(
@@ -2546,7 +2569,8 @@ EXPERIMENTS = {
     "plateau": Experiment(
         "Length of the plateau: filled where it was left, hollow where it was not",
         dict(SMALL, DECAY_FRACTION=0.0), [
-            {**PLATEAU_BASE, **cell} for cells in PLATEAU_FACTORS.values() for cell in cells],
+            {**PLATEAU_BASE, **cell} for cells in PLATEAU_FACTORS.values()
+            for cell in cells.values()],
         measure_plateau, report_plateau),
     "table": Experiment(
         "The paper's table, meta-trained on MNIST",
@@ -2691,7 +2715,7 @@ def run(preset, settings):
 
 def test_and_report(model, tests, settings, precision, folder, log, began, facts):
     """Evaluate the model on all of `tests`, write the files of the run; return results.json."""
-    device, trained, data_sets = model.head.weight.device, time.time(), {}
+    device, trained, data_sets = next(model.parameters()).device, time.time(), {}
     comparable = facts["trained_on"] == "MNIST" and settings.NUM_EXAMPLES == 100
     for row, (dataset, num_tasks) in tests.items():
         curves, error = evaluate(model, dataset, settings, precision, num_tasks)
@@ -2724,7 +2748,7 @@ def evaluate_checkpoint(settings, flags):
     check_settings(settings)
     if "trained_on" not in saved:
         raise UserError(f"{path} is not the model.pt of a run; give one with --CHECKPOINT=path.")
-    model.check_context(settings.NUM_EXAMPLES - 1)
+    check_context(model, settings.NUM_EXAMPLES - 1)
     notices, name = [], saved["settings"]["TRAIN_DATASET"]
     name = saved["trained_on"] if name == "auto" else name
     tests = load_tests(name, settings, device, notices)

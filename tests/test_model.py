@@ -13,7 +13,7 @@ FORMATS = [dict(TOKEN_FORMAT="pairs"), dict(TOKEN_FORMAT="pairs", COMPARE_IMAGES
 def lively_model(settings):
     """Return a model whose zero-initialised matrices are random, so that every path counts."""
     torch.manual_seed(0)
-    model = gpicl.InContextModel(settings)
+    model = gpicl.make_model(settings)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2 and parameter.abs().max() == 0:
@@ -83,7 +83,7 @@ def test_attention_equals_a_plain_loop(form, first, tiny):
     compare = attention.mixture is not None
     found = attention(h, gpicl.Surroundings(
         x, 1, 1.0, gpicl.image_cosines(x, 1) if compare else None,
-        gpicl.causal_mask(6, 1, "cpu") if compare else None))
+        gpicl.causal_mask(6, 1, "cpu") if compare or attention.back is not None else None))
 
     def unit(v):
         return v / v.norm().clamp_min(1e-6)
@@ -112,6 +112,8 @@ def test_attention_equals_a_plain_loop(form, first, tiny):
                         score = score + gpicl.MIXTURE_SCALE * sum(
                             w * (unit(image(b, a)) @ unit(image(b, c)))
                             for w, (a, c) in zip(attention.mixture[n], pairs))
+                    if attention.back is not None and j == i - 1:
+                        score = score + attention.back[n].item()
                     scores.append(score)
                 weights = torch.stack(scores).softmax(0)
                 heads.append(sum(w * v[j, part] for j, w in enumerate(weights)))

@@ -1,0 +1,198 @@
+"""The other architectures: each against an independent reference."""
+
+import math
+
+import pytest
+import torch
+from conftest import gpicl
+from test_model import lively_model
+
+SEQUENCE_MODELS = ["lstm", "outer_lstm", "deltanet", "vsml", "vsml_free"]
+
+
+@pytest.mark.parametrize("architecture", [*SEQUENCE_MODELS, "mlp"])
+@pytest.mark.parametrize("token", ["pairs", "paper"])
+def test_causality(architecture, token, tiny):
+    """Changing example j, or label j, changes no prediction before j, nor that of label j."""
+    model = lively_model(tiny(ARCHITECTURE=architecture, TOKEN_FORMAT=token))
+    x, y = torch.randn(3, 12, 32), torch.randint(10, (3, 12))
+    logits = model(x, y)
+    assert logits.shape == (3, 12, 10)
+    for j in range(12):
+        other_x, other_y = x.clone(), y.clone()
+        other_x[:, j:], other_y[:, j:] = torch.randn_like(x[:, j:]), 9 - y[:, j:]
+        assert torch.allclose(model(other_x, y)[:, :j], logits[:, :j], atol=1e-5)
+        assert torch.allclose(model(x, other_y)[:, :j + 1], logits[:, :j + 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", SEQUENCE_MODELS)
+def test_the_first_example_is_still_known_at_the_end(architecture, tiny):
+    model = lively_model(tiny(ARCHITECTURE=architecture))
+    x, y = torch.randn(3, 12, 32), torch.randint(10, (3, 12))
+    other = y.clone()
+    other[:, 0] = 9 - y[:, 0]
+    assert (model(x, other)[:, -1] - model(x, y)[:, -1]).abs().max() > 1e-5
+
+
+def test_the_mlp_sees_only_its_own_token(tiny):
+    model = lively_model(tiny(ARCHITECTURE="mlp", TOKEN_FORMAT="paper"))
+    x, y = torch.randn(3, 12, 32), torch.randint(10, (3, 12))
+    other_x, other_y = x.clone(), y.clone()
+    other_x[:, :6], other_y[:, :5] = 0, 9 - y[:, :5]
+    assert torch.allclose(model(other_x, other_y)[:, 6:], model(x, y)[:, 6:], atol=1e-5)
+
+
+def test_lstm_equals_its_equations(tiny):
+    torch.manual_seed(0)
+    layer, x = gpicl.LSTM(tiny(), True), torch.randn(2, 7, 32)
+    w = {name.removesuffix("_l0"): value for name, value in layer.lstm.named_parameters()}
+    h = c = torch.zeros(2, 32)
+    for t in range(7):
+        z = x[:, t] @ w["weight_ih"].T + w["bias_ih"] + h @ w["weight_hh"].T + w["bias_hh"]
+        i, f, g, o = z.chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        assert torch.allclose(layer(x, None)[:, t], h, atol=1e-5)
+    assert layer.state_size(7) == h[0].numel() + c[0].numel()
+
+
+def test_outer_product_lstm_equals_a_plain_loop(tiny):
+    torch.manual_seed(0)
+    layer, x = gpicl.OuterProductLSTM(tiny(), True), torch.randn(2, 6, 32)
+    found = layer(x, None)
+    for b in range(2):
+        out, cells = torch.zeros(32), [torch.zeros(16, 16) for _ in range(2)]
+        for t in range(6):
+            z = layer.input(x[b, t]) + layer.recurrent(out)
+            heads = []
+            for n in range(2):
+                f, i, o, k, v, q = (z[32 * part + 16 * n:32 * part + 16 * n + 16]
+                                    for part in range(6))
+                write = torch.outer(i.sigmoid() * v.tanh(), k.tanh())
+                cells[n] = f.sigmoid()[:, None] * cells[n] + write
+                heads.append(o.sigmoid() * (cells[n] @ q.tanh()))
+            out = torch.cat(heads)
+            assert torch.allclose(found[b, t], out, atol=1e-5)
+    assert layer.state_size(6) == out.numel() + sum(cell.numel() for cell in cells)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 32, 50])
+def test_delta_rule_in_chunks_equals_the_recurrence(chunk):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 37, 8, dtype=torch.float64, requires_grad=True)
+               for _ in range(3))
+    unit = torch.nn.functional.normalize(k, dim=-1)
+    write, keep = torch.rand(2, 3, 37).double(), -torch.rand(2, 3, 37).double()
+    state, expected = torch.zeros(2, 3, 8, 8).double(), []
+    for t in range(37):
+        a, b = keep[..., t, None, None].exp(), write[..., t, None, None]
+        key, value = unit[..., t, :, None], v[..., t, :, None]
+        state = a * state + b * (value - a * state @ key) @ key.mT
+        expected.append((state @ q[..., t, :, None])[..., 0])
+    expected = torch.stack(expected, -2)
+    found = gpicl.delta_rule(q, unit, v, write, keep, chunk)
+    assert torch.allclose(found, expected, atol=1e-9)
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v), retain_graph=True)
+                      for out in (found, expected))):
+        assert torch.allclose(a, b, atol=1e-8)
+    assert gpicl.GatedDeltaNet(gpicl.default_settings(MODEL_SIZE=24, NUM_HEADS=3), True
+                               ).state_size(37) == 3 * 8 * 8
+
+
+def test_vsml_is_blind_to_the_order_of_classes_and_inputs(tiny):
+    x, y = torch.randn(2, 12, 32), torch.randint(10, (2, 12))
+    rho, order = torch.randperm(10), torch.randperm(32)
+    model = lively_model(tiny(ARCHITECTURE="vsml"))
+    logits = model(x, y)
+    assert torch.allclose(model(x, rho[y])[..., rho], logits, atol=1e-5)
+    assert torch.allclose(model(x[..., order], y), logits, atol=1e-5)
+    free = lively_model(tiny(ARCHITECTURE="vsml_free"))
+    assert not torch.allclose(free(x, rho[y])[..., rho], free(x, y), atol=1e-4)
+    assert not torch.allclose(free(x[..., order], y), free(x, y), atol=1e-4)
+
+
+def test_vsml_equals_one_lstm_between_every_input_and_output(tiny):
+    """torch's own LSTM cell, one for each pair (a, b), fed by hand."""
+    torch.manual_seed(0)
+    model = gpicl.VSML(tiny(ARCHITECTURE="vsml", CELL_SIZE=3))
+    x, y = torch.randn(1, 5, 4), torch.randint(10, (1, 5))
+    model.inputs, n = 4, 3
+    cell = torch.nn.LSTMCell(4, n)                       # torch's order of gates: i, f, new, o
+    order = torch.cat([torch.arange(n, 2 * n), torch.arange(n), torch.arange(3 * n, 4 * n),
+                       torch.arange(2 * n, 3 * n)])
+    with torch.no_grad():
+        into = torch.cat([model.forward_message.weight, model.backward_message.weight], 1)
+        bias = model.forward_message.bias + model.backward_message.bias
+        bias = bias + torch.cat([torch.full((n,), 2.0), torch.zeros(3 * n)])     # keeps at first
+        cell.weight_ih[order], cell.weight_hh[order] = into, model.recurrent.weight
+        cell.bias_ih[order], cell.bias_hh[:] = bias, 0
+        state = {(a, b): (torch.zeros(1, n), torch.zeros(1, n)) for a in range(4)
+                 for b in range(10)}
+        logits, found = torch.zeros(10), model(x, y)[0]
+        for t in range(5):
+            before, label = (x[0, t - 1], torch.eye(10)[y[0, t - 1]]) if t else (
+                torch.zeros(4), torch.zeros(10))
+            guess = logits.softmax(-1) if t else torch.zeros(10)
+            for a, b in state:
+                message = torch.stack([x[0, t, a], before[a], label[b], guess[b]])
+                state[a, b] = cell(message[None], state[a, b])
+            logits = torch.stack([sum(model.up(state[a, b][0])[0, 0] for a in range(4)) / 2
+                                  for b in range(10)])
+            assert torch.allclose(found[t], logits, atol=1e-5)
+
+
+def test_maml_equals_descent_on_each_sequence_alone(tiny):
+    torch.manual_seed(0)
+    model = gpicl.MAML(tiny(ARCHITECTURE="maml"))
+    x, y = torch.randn(3, 12, 32), torch.randint(10, (3, 12))
+    with torch.no_grad():
+        found = model(x, y)
+    assert found[:, :-1].abs().max() == 0
+    for b in range(3):
+        net = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(),
+                                  torch.nn.Linear(32, 10))
+        for parameter, start in zip(net.parameters(), (
+                model.start[0].T, model.start[1][0], model.start[2].T, model.start[3][0])):
+            parameter.data = start.detach().clone()
+        for rates in model.log_rates.exp():
+            net.zero_grad()
+            torch.nn.functional.cross_entropy(net(x[b, :-1]), y[b, :-1]).backward()
+            for parameter, rate in zip(net.parameters(), rates.tolist()):
+                parameter.data -= rate * parameter.grad
+        assert torch.allclose(found[b, -1], net(x[b, -1]), atol=1e-4)
+
+
+def test_maml_learns_its_start_and_its_rates(tiny, blobs):
+    torch.manual_seed(0)
+    settings = tiny(ARCHITECTURE="maml", NUM_EXAMPLES=40, STEPS=30, LEARNING_RATE=1e-2)
+    model = gpicl.trained(settings, blobs, "fp32")
+    assert all((parameter != 0).any() for parameter in model.parameters())
+    hits, *_ = gpicl.count_hits(model, blobs, 256, settings, "fp32")
+    assert hits["Transformer"][-1] / 256 > 0.5
+
+
+@pytest.mark.parametrize("architecture", [*SEQUENCE_MODELS, "mlp"])
+def test_untrained_is_at_chance_and_every_parameter_gets_a_gradient(architecture, tiny, blobs):
+    settings = tiny(ARCHITECTURE=architecture)
+    model = lively_model(settings)
+    x, y = gpicl.draw_sequences(blobs, 8, settings, ("gradient",))
+    loss = torch.nn.functional.cross_entropy(model(x, y).flatten(0, 1), y.flatten())
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    held = [id(p) for o in gpicl.make_optimizers(model, settings)
+            for group in o.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+
+
+def test_paper_tokens_start_by_looking_one_token_back(tiny):
+    torch.manual_seed(0)
+    attention = gpicl.Attention(tiny(TOKEN_FORMAT="paper", OUTPUT_STD=1.0), True)
+    with torch.no_grad():
+        attention.qkv.weight[64:], attention.out.weight[:] = torch.eye(32), torch.eye(32)
+    for queries in (1, 3):                               # side by side, all after example 9 - 3
+        h, mask = torch.randn(2, 9, 32), gpicl.causal_mask(9, queries, "cpu")
+        out = attention(h, gpicl.Surroundings(None, queries, 1.0, None, mask))
+        for i in range(1, 9):
+            before = min(i, 9 - queries) - 1
+            assert torch.allclose(out[:, i], h[:, before], atol=0.02)

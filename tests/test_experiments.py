@@ -1,0 +1,208 @@
+"""The experiments: what they compute, and that a sweep goes on where it stopped."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import gpicl
+from scipy import stats
+
+SWEEP = dict(NUM_EXAMPLES=12, PROJECTION_SIZE=16, MODEL_SIZE=16, NUM_HEADS=2, STEPS=3,
+             BATCH_SIZE=4, EVAL_SEQUENCES=32, VALIDATION_IMAGES=300, DEVICE="cpu", SEEDS=2,
+             WORKERS=1, WARMUP_STEPS=1)
+
+
+@pytest.fixture(scope="module")
+def rendered_dir(tmp_path_factory):
+    """Return a data folder that keeps its rendered digits and letters for all tests."""
+    return tmp_path_factory.mktemp("rendered")
+
+
+@pytest.fixture
+def sweep(rendered_dir, tmp_path, capsys):
+    """Return a function that runs an experiment in a small form; it returns what was printed."""
+    def run(name, **more):
+        flags = {**SWEEP, "TRAIN_DATASET": "RenderedDigits", "DATA_DIR": rendered_dir, "OUT_DIR":
+                 tmp_path / "runs", "RESULTS_DIR": tmp_path / "results", **more}
+        code = gpicl.main([name, *(f"--{key}={value}" for key, value in flags.items())])
+        captured = capsys.readouterr()
+        assert code == 0, captured.err
+        return captured.out
+    return run
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("name, columns", [
+    ("phases", {"NUM_TASKS", "MODEL_SIZE", "TOKEN_FORMAT", "tested_on", "improvement", "SEED"}),
+    ("architectures", {"ARCHITECTURE", "state", "parameters", "accuracy", "SEED"}),
+    ("plateau", {"BATCH_SIZE", "NUM_TASKS", "ADAM_EPSILON", "length", "left", "SEED"}),
+    ("table", {"method", "tested_on", "accuracy", "sequences", "SEED"}),
+    ("features", {"input", "shots", "learner", "accuracy", "SEED"}),
+    ("algorithm", {"step", "examples", "a", "b", "kappa", "same_mistake", "SEED"}),
+])
+def test_every_experiment_ends_in_a_table_a_csv_a_figure_and_a_record(
+        name, columns, sweep, tmp_path):
+    more = dict(phases=dict(NUM_TASKS=4), plateau=dict(BATCH_SIZE=4), features=dict(
+        IMAGE_SIZE=8, SHOTS="1,2"), table=dict(EVAL_DATASETS="auto,Random,Missing.npz?"))
+    printed = sweep(name, **more.get(name, {}))
+    results = tmp_path / "results"
+    rows = table(results / f"{name}.csv")
+    assert columns <= set(rows[0]) and {row["SEED"] for row in rows} == {"0", "1"}
+    assert (results / f"{name}.png").stat().st_size > 10000
+    record = json.loads((results / f"{name}.json").read_text())
+    assert record["experiment"] == name and (
+        name == "table" or record["settings"]["STEPS"] == 3)
+    assert record["versions"]["torch"] == torch.__version__ and record["run_seconds"] > 0
+    assert all(line in printed for line in record["table"])
+
+
+def test_a_sweep_goes_on_where_it_stopped(sweep, tmp_path):
+    """Runs of before are kept, a line that a kill cut short is made again, a seed can be added."""
+    more = dict(NUM_TASKS=4, MODEL_SIZE=16)
+    first = sweep("phases", **more)
+    assert "Experiment  phases: 6 runs, 1 at once" in first
+    lines = next((tmp_path / "runs").glob("phases-*/runs.jsonl"))
+    kept, rows = lines.read_text(), table(tmp_path / "results" / "phases.csv")
+    lines.write_text(kept[:-20])
+    again = sweep("phases", **more)
+    assert "5 of the runs were made before." in again
+    assert table(tmp_path / "results" / "phases.csv") == rows
+    assert "6 of the runs were made before." in sweep("phases", **{**more, "SEEDS": 3})
+    assert len(table(tmp_path / "results" / "phases.csv")) == 1.5 * len(rows)
+
+
+def test_two_workers_do_what_one_does(sweep, tmp_path):
+    more = dict(NUM_TASKS=4, MODEL_SIZE=16, SEEDS=1)
+    sweep("phases", **more)
+    alone = table(tmp_path / "results" / "phases.csv")
+    sweep("phases", **more, WORKERS=2, OUT_DIR=tmp_path / "other")
+    for a, b in zip(alone, table(tmp_path / "results" / "phases.csv"), strict=True):
+        assert abs(float(a["last"]) - float(b["last"])) < 0.1 and a["tested_on"] == b["tested_on"]
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["phases", "--STEPZ=3"], "did you mean STEPS?"),
+    (["phase"], "did you mean phases?"),
+    (["quick", "--SEEDS=3"], "SEEDS is read by the experiments: phases"),
+    (["phases", "--CHECKPOINT=a.pt"], "CHECKPOINT belongs to the command"),
+    (["phases", "--MODEL_SIZE=31"], "multiple of NUM_HEADS"),
+    (["features", "--SHOTS=many"], "and numbers of examples such as 1,5"),
+    (["features", "--WAYS=30"], "at most 10 ways"),
+    (["features", "--FEATURES_FILE=none.npz"], "there is no file none.npz"),
+    (["--ATTENTION_SCALE=0"], "expected a number above 0"),
+    (["--ARCHITECTURE=rnn"], "expected one of transformer, lstm"),
+])
+def test_wrong_use(arguments, expected, fails, rendered_dir, tmp_path):
+    where = [f"--DATA_DIR={rendered_dir}", f"--OUT_DIR={tmp_path}"]
+    if arguments[0] in gpicl.EXPERIMENTS:
+        flags = {**SWEEP, "TRAIN_DATASET": "RenderedDigits", "RESULTS_DIR": tmp_path}
+        where += [f"--{key}={value}" for key, value in flags.items()
+                  if not any(key in word for word in arguments)]
+    assert expected in fails([*arguments, *where])
+
+
+def test_mean_and_interval_are_students():
+    values = [0.3, 0.5, 0.45, 0.7]
+    mean, half = gpicl.mean_interval(values)
+    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    assert mean == pytest.approx(np.mean(values))
+    assert (mean - half, mean + half) == pytest.approx((low, high), abs=1e-3)
+    for freedom in (1, 5, 10, 11, 20, 100):
+        assert gpicl.student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=2e-3)
+    assert math.isnan(gpicl.mean_interval([0.5])[1])
+    one = gpicl.summary([dict(p=0.5, sequences=400)], "p")
+    assert one[0] == 0.5 and one[1] == pytest.approx(0.0488, abs=1e-3)
+
+
+def test_rank_correlation_is_spearmans():
+    generator = np.random.default_rng(0)
+    for _ in range(5):
+        x, y = generator.integers(6, size=20), generator.standard_normal(20)
+        assert gpicl.rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+
+
+def test_power_law_finds_the_exponent_and_its_interval():
+    x = np.array([16, 32, 64, 128, 256])
+    slope, half = gpicl.power_law(x, 5000 * x**-0.7)
+    assert slope == pytest.approx(-0.7) and half < 1e-6
+    generator, inside = np.random.default_rng(0), 0
+    for _ in range(200):
+        slope, half = gpicl.power_law(x, 5000 * x**-0.7 * np.exp(generator.normal(0, 0.3, 5)))
+        inside += abs(slope + 0.7) < half
+    assert 175 < inside < 200
+
+
+def test_plateau_ends_where_the_loss_leaves_for_good():
+    guess, steps = math.log(10), [10, 20, 30, 40, 50]
+    assert gpicl.plateau_length(steps, [guess, guess, 2.1, 2.0, 1.9]) == 30
+    assert gpicl.plateau_length(steps, [guess, 2.1, guess, 2.0, 1.9]) == 40
+    assert gpicl.plateau_length(steps, [2.0] * 5) == 10
+    assert gpicl.plateau_length(steps, [guess] * 5) is None
+    assert gpicl.plateau_length(steps, [2.0, 2.0, 2.0, 2.0, math.nan]) is None
+
+
+def test_agreement_beyond_accuracy():
+    generator = np.random.default_rng(0)
+    y = generator.integers(10, size=100000)
+
+    def guesses(accuracy):
+        wrong = (y + generator.integers(1, 10, size=len(y))) % 10
+        return np.where(generator.random(len(y)) < accuracy, y, wrong)
+
+    a, b = guesses(0.7), guesses(0.6)
+    independent = gpicl.agreement(a, b, y)
+    assert abs(independent["kappa"]) < 0.01 and abs(independent["same_mistake"] - 1 / 9) < 0.01
+    assert independent["agreement"] == pytest.approx(independent["expected"], abs=0.01)
+    same = gpicl.agreement(a, a, y)
+    assert same["kappa"] == 1 and same["same_mistake"] == 1
+    half = gpicl.agreement(a, np.where(generator.random(len(y)) < 0.5, a, b), y)
+    assert 0.4 < half["kappa"] < 0.6
+
+
+def test_episodes_have_so_many_ways_and_shots(blobs, tiny):
+    x, y = gpicl.draw_episodes(blobs, 50, 4, 3, tiny(), ("test",))
+    assert x.shape == (50, 13, 32) and y.shape == (50, 13)
+    for labels in y:
+        kinds, counts = labels[:-1].unique(return_counts=True)
+        assert len(kinds) == 4 and (counts == 3).all() and labels[-1] in kinds
+    queries = torch.bincount(y[:, -1], minlength=10)
+    assert (queries > 0).sum() > 7                       # labels are permuted afresh
+    few = gpicl.Dataset("few", blobs.x[:20], blobs.y[:20], 10)
+    with pytest.raises(gpicl.UserError, match="episodes need WAYS=4"):
+        gpicl.draw_episodes(few, 5, 4, 3, tiny(), ("test",))
+
+
+def test_features_of_many_classes_come_from_a_file(sweep, tmp_path):
+    generator = np.random.default_rng(0)
+    centres, y = 3 * generator.standard_normal((30, 50)), np.arange(600) % 30
+    np.savez(tmp_path / "embeddings.npz", x=centres[y] + generator.standard_normal((600, 50)), y=y)
+    sweep("features", FEATURES_FILE=tmp_path / "embeddings.npz", SHOTS="5", SEEDS=1, STEPS=80,
+          PROJECTION_SIZE=256, MODEL_SIZE=32, BATCH_SIZE=16, EVAL_SEQUENCES=128, NUM_EXAMPLES=30)
+    found = {row["learner"]: float(row["accuracy"])
+             for row in table(tmp_path / "results" / "features.csv")}
+    assert found["nearest centroid"] > 0.95 and found["in-context"] > 0.6
+
+
+def test_random_points_are_learnt_by_heart(tiny):
+    settings = tiny(NUM_EXAMPLES=100, IMAGE_SIZE=8)
+    dataset = gpicl.load_dataset("Random", "unseen", settings, "cpu")
+    hits, *_ = gpicl.count_hits(gpicl.InContextModel(settings), dataset, 64, settings, "fp32",
+                                lengths=[99])
+    assert hits["1-nearest neighbour"][0] >= 63
+
+
+def test_other_architectures_in_the_main_job_and_its_commands(tiny_flags, tmp_path, capsys, fails):
+    for architecture in ("lstm", "vsml", "maml"):
+        assert gpicl.main(tiny_flags(ARCHITECTURE=architecture, STEPS=2)) == 0
+    assert gpicl.main(["evaluate", f"--OUT_DIR={tmp_path / 'runs'}", "--EVAL_DATASETS=Random"]) == 0
+    newest = gpicl.newest_checkpoint(gpicl.default_settings(OUT_DIR=str(tmp_path / "runs")))
+    capsys.readouterr()
+    with pytest.raises(gpicl.UserError, match="only a transformer answers many queries"):
+        gpicl.InContextClassifier(newest).fit(np.eye(4), [0, 1, 0, 1])
