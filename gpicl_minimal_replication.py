@@ -1980,7 +1980,7 @@ def curves(rows, panel, x, y, by, title, unit=100, digits=1):
 
 def heat_map(panel, rows, x, y, value, title, unit=100, digits=0):
     """Draw the means of a column by two others as a field of colours and numbers."""
-    columns, lines = values_of(rows, x), values_of(rows, y)
+    columns, lines = sorted(values_of(rows, x)), sorted(values_of(rows, y))
     means = np.array([[unit * summary(select(rows, **{x: a, y: b}), value)[0] for a in columns]
                       for b in lines])
     panel.imshow(means, aspect="auto", cmap="Greens", vmin=0)
@@ -2074,7 +2074,8 @@ def sweep(name, settings, flags):
     if len(jobs) < len(runs):
         log(f"{len(runs) - len(jobs)} of the runs were made before.")
     with worker_map(min(workers, len(jobs))) as run_all, open(folder / "runs.jsonl", "a") as file:
-        for record in tqdm(run_all(one_run, jobs), total=len(jobs), unit="run", leave=False):
+        for record in tqdm(run_all(one_run, jobs), total=len(jobs), unit="run", leave=False,
+                           disable=None if jobs else True):
             done[json.dumps(record["cell"])] = record
             file.write("\n" + json.dumps(record))        # first: a line cut short stays alone
             file.flush()
@@ -2364,15 +2365,19 @@ def report_table(rows, figure):
 
 # features: few-shot learning on top of the features of another network (paper, App.)
 class ConvNet(nn.Module):
-    """A small convolutional network, trained as usual: source of features that are made here."""
+    """A small convolutional network, trained as usual: source of features that are made here.
 
-    def __init__(self, classes, size, width=128):
+    The features are the convolutions' outputs: those of the layer after know too little of classes
+    that the network was not trained on (results/recipe.md).
+    """
+
+    def __init__(self, classes, size):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 5,
-            padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * (size // 4)**2,
-            width), nn.ReLU())
-        self.head = nn.Linear(width, classes)
+            nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+        self.head = nn.Sequential(nn.Linear(32 * (size // 4)**2, 128), nn.ReLU(),
+                                  nn.Linear(128, classes))
 
     def forward(self, x):
         return self.head(self.body(x))
@@ -2538,7 +2543,7 @@ def report_algorithm(rows, figure):
         for panel in panels[:2]:
             panel.set_xscale("log")
         pairs = select(rows, tested_on=kind, step=last, examples=longest)
-        pairs = [dict(row, a=row["b"], b=row["a"]) for row in pairs[::-1]] + pairs
+        pairs += [dict(row, a=row["b"], b=row["a"]) for row in pairs]
         heat_map(panels[2], pairs, "a", "b", "kappa", "kappa of all pairs", 1, 2)
     return lines
 

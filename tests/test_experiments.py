@@ -3,11 +3,15 @@
 import csv
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import gpicl
+from conftest import ROOT, gpicl
 from scipy import stats
 
 SWEEP = dict(NUM_EXAMPLES=12, PROJECTION_SIZE=16, MODEL_SIZE=16, NUM_HEADS=2, STEPS=3,
@@ -85,6 +89,24 @@ def test_two_workers_do_what_one_does(sweep, tmp_path):
     sweep("phases", **more, WORKERS=2, OUT_DIR=tmp_path / "other")
     for a, b in zip(alone, table(tmp_path / "results" / "phases.csv"), strict=True):
         assert abs(float(a["last"]) - float(b["last"])) < 0.1 and a["tested_on"] == b["tested_on"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_sweep_says_so_and_keeps_its_runs(number, rendered_dir, tmp_path):
+    flags = {**SWEEP, "TRAIN_DATASET": "RenderedDigits", "DATA_DIR": rendered_dir, "OUT_DIR":
+             tmp_path / "runs", "RESULTS_DIR": tmp_path / "results", "WORKERS": 2, "SEEDS": 50}
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "gpicl_minimal_replication.py", "phases", "--NUM_TASKS=4",
+         *(f"--{key}={value}" for key, value in flags.items())],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not any(path.stat().st_size for path in (tmp_path / "runs").glob("*/runs.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on with the runs" in output
+    assert "Traceback" not in errors
+    assert gpicl.read_runs(next((tmp_path / "runs").glob("*/runs.jsonl")))
 
 
 @pytest.mark.parametrize("arguments, expected", [
