@@ -16,6 +16,7 @@ a gradient step, on tasks and on whole data sets that it has never seen.
     python gpicl_minimal_replication.py --SEED=3 --NUM_TASKS=2**16     any setting, by its own name
     python gpicl_minimal_replication.py evaluate ...         the curves of a trained model, any data
     python gpicl_minimal_replication.py classify ...         label the rows of a file by another's
+    python gpicl_minimal_replication.py phases ...           the paper's other experiments, one each
     python gpicl_minimal_replication.py --help               every setting, preset and command
 
 In the code          in the paper
@@ -47,6 +48,7 @@ import socket
 import sys
 import threading
 import time
+from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -90,7 +92,7 @@ OUTPUT_STD = 0.0             # start of what layers add to the stream, times 1/s
 MODEL_SIZE = 128             # width of the residual stream
 NUM_LAYERS = 6               # each is attention, then an MLP
 NUM_HEADS = 4                # attention heads per layer
-MLP_SIZE = 512               # hidden units of each MLP; 0: four times MODEL_SIZE
+MLP_SIZE = 512               # hidden units of each MLP
 CELL_SIZE = 8                # vsml: state of each of its many tiny LSTMs
 
 # Meta-training
@@ -107,6 +109,7 @@ GRADIENT_CLIP = 1.0          # largest norm of the gradient
 
 # Evaluation
 EVAL_SEQUENCES = 4096        # meta-test sequences per data set
+EVAL_SEED = 0                # of these sequences; they do not depend on SEED
 AVERAGED_PASSES = 8          # passes of test-time averaging, a row of its own; 0: none
 ROW_EVERY = 500              # steps between two rows of the progress table
 ROW_SEQUENCES = 512          # validation sequences behind one such row
@@ -140,12 +143,14 @@ PRESETS = {
 }
 # What a command reads besides them; "evaluate" takes all else from the checkpoint.
 COMMANDS = {
-    "evaluate": ("CHECKPOINT", "EVAL_DATASETS", "EVAL_SEQUENCES", "AVERAGED_PASSES", "NUM_EXAMPLES",
-                 "IMAGE_SIZE", "DEVICE", "PRECISION", "DATA_DIR", "OUT_DIR"),
+    "evaluate": ("CHECKPOINT", "EVAL_DATASETS", "EVAL_SEQUENCES", "EVAL_SEED", "AVERAGED_PASSES",
+                 "NUM_EXAMPLES", "IMAGE_SIZE", "DEVICE", "PRECISION", "DATA_DIR", "OUT_DIR"),
     "classify": ("CHECKPOINT", "TRAIN_FILE", "TEST_FILE", "LABEL_COLUMN", "N_ENSEMBLE",
                  "PREDICTIONS_FILE", "SEED", "OUT_DIR"),
 }
 OF_EXPERIMENTS = ("WAYS", "SHOTS", "FEATURES_FILE", "SEEDS", "WORKERS", "RESULTS_DIR")
+NOT_OF_EXPERIMENTS = ("EVAL_SEED", "AVERAGED_PASSES", "ROW_EVERY", "ROW_SEQUENCES",
+                      "CHECKPOINT_SECONDS")
 # ----------------------------------------------------------------------------- end of settings
 
 C = 10                                               # classes that the model tells apart
@@ -419,9 +424,8 @@ class Block(nn.Module):
     def __init__(self, settings, first):
         super().__init__()
         self.attention = MIXERS[settings.ARCHITECTURE](settings, first)
-        hidden = settings.MLP_SIZE or 4 * settings.MODEL_SIZE
-        self.up = nn.Linear(settings.MODEL_SIZE, hidden, bias=False)
-        self.down = residual_output(hidden, settings.MODEL_SIZE, settings)
+        self.up = nn.Linear(settings.MODEL_SIZE, settings.MLP_SIZE, bias=False)
+        self.down = residual_output(settings.MLP_SIZE, settings.MODEL_SIZE, settings)
 
     def forward(self, h, around):
         h = h + self.attention(norm(h), around)
@@ -487,7 +491,7 @@ class InContextModel(nn.Module):
 # nothing from later examples. state_size(T) tells how many numbers it carries from one example to
 # the next: what it can remember of a sequence (paper, Sec. 4.3).
 class Nothing(nn.Module):
-    """No mixing at all: an MLP that sees no context and can only memorise (paper, Sec. 4.1)."""
+    """No mixing: an MLP that sees its own token only and can but memorise (paper, Sec. 4.1)."""
 
     def __init__(self, settings, first):
         super().__init__()
@@ -517,8 +521,8 @@ class LSTM(nn.Module):
 class OuterProductLSTM(nn.Module):
     """An LSTM whose cell is a matrix per head, written to by outer products: fast weights.
 
-    C_t = f * C_t-1 + (i * tanh v) (tanh k)',  h_t = o * C_t q, each of f, i, o, v, k, q a linear
-    function of the input and of h_t-1; f, i and o through a sigmoid (paper, App. on architectures).
+    C_t = f * C_t-1 + (i * tanh v) (tanh k)',  h_t = o * C_t tanh q, each of f, i, o, v, k, q linear
+    in the input and in h_t-1; f, i and o through a sigmoid (paper, App. on architectures).
     """
 
     def __init__(self, settings, first):
@@ -580,7 +584,7 @@ def delta_rule(q, k, v, write, log_keep, chunk):
     With g_t the product of a up to t, S_t = g_t S_0 + sum_s<=t (g_t / g_s) u_s k_s', where the
     writes u solve (I + L) U = b (V - g K S_0'), L_ts = b_t (g_t / g_s) k_t k_s' for s < t.
     """
-    state, outputs = torch.zeros_like(k[..., :1, :].mT @ k[..., :1, :]), []
+    state, outputs = k.new_zeros(*k.shape[:-2], k.shape[-1], k.shape[-1]), []
     for q, k, v, b, log_g in zip(*(a.split(chunk, -2) for a in (
             q, k, v, write[..., None], log_keep[..., None]))):
         log_g = log_g.cumsum(-2)
@@ -832,7 +836,7 @@ def interval(successes, n):
 
 # The classical learners see exactly what the model sees. All they need of it are the inner products
 # gram (B, n + 1, n + 1) of the n examples and the query, which is last, and the one-hot labels
-# targets (B, n, C). Each returns scores (B, 1, C); count_hits rules out classes without an example.
+# targets (B, n, C). Each returns scores (B, 1, C).
 def nearest_neighbour(gram, targets):
     distance = gram.diagonal(dim1=1, dim2=2)[:, :-1] - 2 * gram[:, -1, :-1]
     return F.one_hot(distance.argmin(1), distance.shape[1]).float()[:, None] @ targets
@@ -878,11 +882,27 @@ CLASSICAL = {"1-nearest neighbour": nearest_neighbour, "nearest centroid": neare
              "ridge regression": ridge, "RBF kernel ridge": kernel_ridge, "SGD (softmax)": sgd}
 
 
+def meta_test_key(dataset, start, settings):
+    """Return the place in the random stream of the meta-test sequences from number `start` on."""
+    return "meta-test", dataset.name, start, *([settings.EVAL_SEED] if settings.EVAL_SEED else [])
+
+
 def evaluation_batches(dataset, n_sequences, settings, num_tasks=0):
     """Yield x, y of fixed meta-test sequences: the same whatever SEED and training were."""
     for start in range(0, n_sequences, EVAL_BATCH):
         yield draw_sequences(dataset, min(EVAL_BATCH, n_sequences - start), settings,
-                             ("meta-test", dataset.name, start), num_tasks)
+                             meta_test_key(dataset, start, settings), num_tasks)
+
+
+def classical_labels(gram, y):
+    """Return {learner: predicted label (B,)} for the last example; none that no label y (B, n) is.
+
+    gram (B, n + 1, n + 1) holds the products of all, on the CPU, where linear algebra is at home.
+    """
+    targets = F.one_hot(y, C).float()
+    missing = targets.sum(1) == 0
+    return {name: learner(gram, targets)[:, 0].masked_fill(missing, -math.inf).argmax(-1)
+            for name, learner in CLASSICAL.items()}
 
 
 @torch.no_grad()
@@ -897,13 +917,10 @@ def predictions(model, dataset, n_sequences, settings, precision, num_tasks=0, l
         logits, products = logits_of(model, x, y, precision), None
         found, y = {"Transformer": logits.argmax(-1).cpu()}, y.cpu()
         if len(lengths):
-            products = (x @ x.mT).cpu()                  # linear algebra is at home on the CPU
-        for name, learner in CLASSICAL.items() if len(lengths) else ():
-            found[name] = torch.empty(len(y), len(lengths), dtype=torch.long)
-            for i, n in enumerate(lengths):
-                targets = F.one_hot(y[:, :n], C).float()
-                scores = learner(products[:, :n + 1, :n + 1], targets)[:, 0]
-                found[name][:, i] = scores.masked_fill(targets.sum(1) == 0, -math.inf).argmax(-1)
+            products = (x @ x.mT).cpu()
+        labels = [classical_labels(products[:, :n + 1, :n + 1], y[:, :n]) for n in lengths]
+        for name in CLASSICAL if labels else ():
+            found[name] = torch.stack([some[name] for some in labels], 1)
         parts.append((found, y, logits[:, -1].cpu()))
     found, y, last = zip(*parts)
     return ({name: torch.cat([part[name] for part in found]).numpy() for name in found[0]},
@@ -931,7 +948,7 @@ def count_averaged_hits(model, dataset, n_sequences, settings, precision):
     """
     hits, T, device = 0, settings.NUM_EXAMPLES, dataset.x.device
     for start in range(0, n_sequences, EVAL_BATCH):
-        n, key = min(EVAL_BATCH, n_sequences - start), ("meta-test", dataset.name, start)
+        n, key = min(EVAL_BATCH, n_sequences - start), meta_test_key(dataset, start, settings)
         chosen = draw_images(dataset, n, T, stream(device, *key))
         coordinates, y = span(dataset.x[chosen]), dataset.y[chosen]
         total = torch.zeros(n, C, device=device)
@@ -1257,7 +1274,10 @@ def torchvision_arrays(name, train, folder):
                 f"downloaded ({words}).") from error
         raise UserError(f"{name} in {place} is damaged ({words}); delete its files and run again "
                         "to get them afresh.") from error
-    except (ModuleNotFoundError, TypeError, AttributeError) as error:
+    except ModuleNotFoundError as error:
+        raise DataUnavailable(f"{name} can't be had: torchvision reads it with a package that is "
+                              f"not installed ({error}).") from error
+    except (TypeError, AttributeError) as error:
         raise UserError(f"{name} can't be used as a data set here: {error}.") from error
 
 
@@ -1543,6 +1563,11 @@ def default_settings(**overrides):
     return settings
 
 
+def altered(settings, **changes):
+    """Return a copy of settings with some of them replaced."""
+    return SimpleNamespace(**{**vars(settings), **changes})
+
+
 def did_you_mean(word, known):
     """Return the end of an error message: the nearest known word, or all of them."""
     near = difflib.get_close_matches(word.upper(), [name.upper() for name in known], 1, 0.5)
@@ -1592,8 +1617,11 @@ def read_settings(arguments):
         of = [command for command, names in COMMANDS.items() if name in names]
         if first in COMMANDS and first not in of:
             raise UserError(f"{first} does not read {name}; it reads {', '.join(COMMANDS[first])}.")
-        if name in OF_EXPERIMENTS and first not in EXPERIMENTS:
-            raise UserError(f"{name} is read by the experiments: {', '.join(EXPERIMENTS)}.")
+        readers = ["features"] if name in OF_EXPERIMENTS[:3] else [*EXPERIMENTS]
+        if name in OF_EXPERIMENTS and first not in readers:
+            raise UserError(f"{name} is read by the experiments: {', '.join(readers)}.")
+        if first in EXPERIMENTS and name in NOT_OF_EXPERIMENTS:
+            raise UserError(f"{first} does not read {name}, like all experiments.")
         if of and first not in COMMANDS and name[-4:] != "_DIR" and (
                 name not in identity(vars(settings))):
             raise UserError(f"{name} belongs to the command {of[0]}; write it after that word.")
@@ -1606,8 +1634,8 @@ def read_settings(arguments):
 def check_settings(s):
     """Raise UserError for the first value or combination of settings that can't work."""
     for name, value in vars(s).items():
-        default, may_be_zero = globals()[name], name in ("SEED", "NUM_TASKS", "WARMUP_STEPS",
-                                                          "AVERAGED_PASSES", "WORKERS", "MLP_SIZE")
+        default, may_be_zero = globals()[name], name in (
+            "SEED", "EVAL_SEED", "NUM_TASKS", "WARMUP_STEPS", "AVERAGED_PASSES", "WORKERS")
         if name in CHOICES and value not in CHOICES[name]:
             raise UserError(f"{name} is {value!r}; expected one of {', '.join(CHOICES[name])}.")
         if type(value) is not type(default) and not (type(default) is float and value == 0):
@@ -1779,14 +1807,14 @@ def plain(name):
     return re.sub("[^A-Za-z0-9.=_-]", "_", name[:100])
 
 
-def make_folder(folder):
-    """Make and return a folder that can be written to."""
+def make_folder(folder, setting="OUT_DIR"):
+    """Make and return a folder that can be written to; `setting` says where it is."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".probe").write_text("")
         (folder / ".probe").unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"can't write to {folder} (OUT_DIR says where): {error}.") from error
+        raise UserError(f"can't write to {folder} ({setting} says where): {error}.") from error
     return folder
 
 
@@ -1819,6 +1847,7 @@ def half_width(curve, i):
 def result_table(results):
     """Return the lines of the final table and the greppable ones."""
     lengths = results["context_lengths"]
+    ours = results["settings"].get("ARCHITECTURE", "transformer").capitalize()
     lines = ["", f"{'Accuracy (%) after so many examples':38}" + "".join(f"{n:6}" for n in lengths)]
 
     def row(label, cells):
@@ -1828,7 +1857,7 @@ def result_table(results):
         for learner, curve in entry["curves"].items():
             at = {n: i for i, n in enumerate(curve["examples"])}
             cells = [f"{100 * curve['accuracy'][at[n]]:.1f}" if n in at else "" for n in lengths]
-            row(f"{name}: Transformer" if learner == "Transformer" else "  " + learner, cells)
+            row(f"{name}: {ours}" if learner == "Transformer" else "  " + learner, cells)
             if learner == "Transformer":
                 row("  95 % interval, ±", [f"{half_width(curve, n):.1f}" for n in lengths])
         row("  chance", [f"{100 / entry['classes']:.1f}" for n in lengths])
@@ -1894,8 +1923,10 @@ def help_text():
                 for name, comment in setting_comments().items()]
     commands = [f"    {name:9}with CHECKPOINT, " + ", ".join(names[1:])
                 for name, names in COMMANDS.items()]
+    experiments = [f"    {name:15}{experiment.title}" for name, experiment in EXPERIMENTS.items()]
     return "\n".join(["Usage", usage, "", "Presets", *presets, "",
                       "Commands, with the settings that they read", *commands, "",
+                      "Experiments of the paper", *experiments, "",
                       "Settings: --NAME=value", *settings])
 
 
@@ -1922,25 +1953,15 @@ def student(freedom):
     return few[freedom - 1] if freedom <= len(few) else 1.96 + 2.37 / freedom + 2.8 / freedom**2
 
 
-def mean_interval(values):
-    """Return the mean, and half of its 95 % t interval (nan for a single value)."""
-    values = np.asarray(values, float)
+def summary(rows, name):
+    """Return the mean of a column over the seeds, and half of its 95 % t interval (nan for one).
+
+    Every seed has training and test sequences of its own: it is the interval of both.
+    """
+    values = np.array([row[name] for row in rows], float)
     if len(values) < 2:
         return values.mean() if len(values) else math.nan, math.nan
     return values.mean(), student(len(values) - 1) * values.std(ddof=1) / len(values)**0.5
-
-
-def summary(rows, name):
-    """Return the mean of a column over the seeds, and half of its 95 % interval.
-
-    A column of rows with `sequences` is a proportion of so many. They are the same ones for every
-    seed, so that their own uncertainty is added to that of the seeds.
-    """
-    mean, half = mean_interval([row[name] for row in rows])
-    if rows and "sequences" in rows[0]:
-        low, high = interval(mean * rows[0]["sequences"], rows[0]["sequences"])
-        half = math.hypot(0 if math.isnan(half) else half, (high - low) / 2)
-    return mean, half
 
 
 def select(rows, **wanted):
@@ -1980,6 +2001,9 @@ def curves(rows, panel, x, y, by, title, unit=100, digits=1):
 
 def heat_map(panel, rows, x, y, value, title, unit=100, digits=0):
     """Draw the means of a column by two others as a field of colours and numbers."""
+    if not rows:
+        panel.set_axis_off()
+        return
     columns, lines = sorted(values_of(rows, x)), sorted(values_of(rows, y))
     means = np.array([[unit * summary(select(rows, **{x: a, y: b}), value)[0] for a in columns]
                       for b in lines])
@@ -1992,23 +2016,24 @@ def heat_map(panel, rows, x, y, value, title, unit=100, digits=0):
     panel.set(title=title, xlabel=x, ylabel=y)
 
 
-def training_steps(model, dataset, settings, precision):
-    """Meta-train without files or messages; yield step and loss after each step."""
+def training_steps(settings, dataset, precision):
+    """Meta-train a new model, without files or messages; yield (model, step) after each step."""
+    torch.manual_seed(settings.SEED)
+    model = make_model(settings).to(dataset.x.device)
     optimizers = make_optimizers(model, settings)
     for step in range(settings.STEPS):
         x, y = draw_sequences(dataset, settings.BATCH_SIZE, settings, ("train", settings.SEED,
                               step), settings.NUM_TASKS, settings.BIASED_FRACTION)
-        rate = learning_rate(step, settings)
-        yield step + 1, update(model, optimizers, x, y, rate, precision, settings.GRADIENT_CLIP)[0]
+        loss, size = update(model, optimizers, x, y, learning_rate(step, settings), precision,
+                            settings.GRADIENT_CLIP)
+        if not math.isfinite(loss + size):
+            raise UserError(f"the loss is not finite at step {step + 1} of the run {settings}.")
+        yield model, step + 1
 
 
 def trained(settings, dataset, precision):
-    """Return a new model, meta-trained; stop where the loss is no number."""
-    torch.manual_seed(settings.SEED)
-    model = make_model(settings).to(dataset.x.device)
-    for step, loss in training_steps(model, dataset, settings, precision):
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is not finite at step {step} of the run {vars(settings)}.")
+    """Return a new model, meta-trained."""
+    *_, (model, _) = training_steps(settings, dataset, precision)
     return model
 
 
@@ -2017,7 +2042,7 @@ def one_run(job):
     name, values, cell, threads = job
     torch.set_num_threads(threads)
     keep_freed_memory()
-    began, settings = time.time(), default_settings(**values)
+    began, settings = time.time(), default_settings(**{**values, "EVAL_SEED": values["SEED"]})
     device = choose_device(settings.DEVICE)[0]
     data = data_of_runs(tuple((key, values[key]) for key in (
         "TRAIN_DATASET", "EVAL_DATASETS", "IMAGE_SIZE", "VALIDATION_IMAGES", "NUM_EXAMPLES",
@@ -2036,11 +2061,14 @@ def data_of_runs(pairs, device):
 
 def runs_of(name, settings, flags):
     """Return the cells of an experiment with their seeds. A flag fixes what would be varied."""
-    cells = []
+    cells, kinds = [], ("ARCHITECTURE", "TOKEN_FORMAT", "GUIDED_START")
     for cell in EXPERIMENTS[name].cells:
+        for key in kinds:
+            if key in cell and key in flags:
+                raise UserError(f"{name} compares models of different {key}; leave that flag out.")
         cell = {key: getattr(settings, key) if key in flags else value
                 for key, value in cell.items()}
-        check_settings(default_settings(**{**vars(settings), **cell}))
+        check_settings(altered(settings, **cell))
         cells += [cell] if cell not in cells else []
     return [dict(cell, SEED=settings.SEED + i) for i in range(settings.SEEDS) for cell in cells]
 
@@ -2053,27 +2081,27 @@ def sweep(name, settings, flags):
     precision = choose_precision(settings.PRECISION, device)
     if settings.FEATURES_FILE:
         npz_arrays(settings.FEATURES_FILE)               # what is wrong is said before the work
-    bare = default_settings(**{**vars(settings), "NUM_TASKS": 0})
-    training, _, tests, notices = load_all(bare, device)
+    training, _, tests, notices = load_all(altered(settings, NUM_TASKS=0), device)
     runs = runs_of(name, settings, flags)
     varied = {key for run in runs for key in run}
-    common = {key: value for key, value in vars(settings).items() if value != globals()[key] and (
-        key not in {*varied, "DATA_DIR", "OUT_DIR", "RESULTS_DIR", "SEEDS", "WORKERS"})}
-    key = digest(training.name, sorted(tests), sorted(common.items()))
+    common = {key: value for key, value in vars(settings).items() if key not in {
+        *varied, "SEED", "EVAL_SEED", "DATA_DIR", "OUT_DIR", "RESULTS_DIR", "SEEDS", "WORKERS"}}
+    key = digest(training.name, sorted(tests), device.type, precision, sorted(common.items()))
     folder = make_folder(Path(settings.OUT_DIR, f"{name}-{key}"))
-    results, log = make_folder(Path(settings.RESULTS_DIR)), log_to(folder / "log.txt")
-    workers = settings.WORKERS or (os.cpu_count() if device.type == "cpu" else 1)
+    results = make_folder(Path(settings.RESULTS_DIR), "RESULTS_DIR")
+    log = log_to(folder / "log.txt")
+    threads = torch.get_num_threads()
     for notice in notices:
         log(notice)
-    log(f"Experiment  {name}: {len(runs)} runs, {workers} at once\n"
+    done = read_runs(folder / "runs.jsonl")
+    todo = [run for run in runs if json.dumps(run) not in done]
+    workers = min(settings.WORKERS or (threads if device.type == "cpu" else 1), max(1, len(todo)))
+    log(f"Experiment  {name}: {len(runs)} runs, {len(runs) - len(todo)} of them made before, "
+        f"{workers} at once\n"
         f"Device      {device.type} ({why}), {precision}; {machine(device)}\n"
         f"Data        {training.name}; tested on {', '.join(tests)}\nRun folder  {folder}")
-    done = read_runs(folder / "runs.jsonl")
-    jobs = [(name, {**vars(settings), **run}, run, max(1, torch.get_num_threads() // workers))
-            for run in runs if json.dumps(run) not in done]
-    if len(jobs) < len(runs):
-        log(f"{len(runs) - len(jobs)} of the runs were made before.")
-    with worker_map(min(workers, len(jobs))) as run_all, open(folder / "runs.jsonl", "a") as file:
+    jobs = [(name, {**vars(settings), **run}, run, max(1, threads // workers)) for run in todo]
+    with worker_map(workers) as run_all, open(folder / "runs.jsonl", "a") as file:
         for record in tqdm(run_all(one_run, jobs), total=len(jobs), unit="run", leave=False,
                            disable=None if jobs else True):
             done[json.dumps(record["cell"])] = record
@@ -2081,7 +2109,7 @@ def sweep(name, settings, flags):
             file.flush()
     records = [done[json.dumps(run)] for run in runs]
     rows = [{**record["cell"], **row} for record in records for row in record["rows"]]
-    return tell(name, rows, results, log, dict(
+    tell(name, rows, results, log, dict(
         experiment=name, runs=len(runs), workers=workers, settings=common,
         run_seconds=sum(record["seconds"] for record in records),
         **surroundings(device, precision)))
@@ -2101,7 +2129,6 @@ def tell(name, rows, folder, log, facts):
     with replacing(folder / f"{name}.json") as temporary:
         temporary.write_text(json.dumps(dict(facts, table=lines), indent=1))
     log("\n".join(["", *lines, "", f"Written: {folder / name}.csv, .json, .png"]))
-    return lines
 
 
 def read_runs(path):
@@ -2124,27 +2151,37 @@ def worker_map(workers):
     def stop(number, frame):
         raise KeyboardInterrupt
 
+    def run_all(function, jobs):
+        for future in futures.as_completed([pool.submit(function, job) for job in jobs]):
+            yield future.result()
+
     former = signal.signal(signal.SIGTERM, stop)
-    context = torch.multiprocessing.get_context("spawn")
+    pool = futures.ProcessPoolExecutor(workers, torch.multiprocessing.get_context("spawn"),
+                                       signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
-        with context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-            yield pool.imap_unordered                    # leaving terminates the workers
+        yield run_all
     except KeyboardInterrupt:
         raise KeyboardInterrupt("Stopped; the same command goes on with the runs that are left."
                                 ) from None
+    except futures.process.BrokenProcessPool as error:
+        raise UserError("a run was killed, perhaps for want of memory; run the same command with "
+                        f"fewer than --WORKERS={workers}.") from error
     finally:
+        for process in torch.multiprocessing.active_children():
+            process.terminate()                          # those that are still at work
+        pool.shutdown(cancel_futures=True)
         signal.signal(signal.SIGTERM, former)
 
 
 # phases: memorise instances, identify tasks, learn to learn (paper, Sec. 4.1 and 4.2)
 def measure_phases(settings, data, precision):
-    """Return accuracy on the first and on the last tenth of the examples, on tasks that were
-    trained on, on fresh tasks, and on other data sets; test images all.
+    """Return accuracy on the first and on the last tenth of the examples, on the tasks to train on
+    (too many of them, and not all were seen), on fresh tasks, and on other data sets; test images.
     """
     training, _, tests = data
     model, n, tail, rows = trained(settings, training, precision), settings.EVAL_SEQUENCES, max(
         1, settings.NUM_EXAMPLES // 10), []
-    sets = [("seen tasks", training.name, settings.NUM_TASKS), *(
+    sets = [("training tasks", training.name, settings.NUM_TASKS), *(
         ("unseen tasks" if name == training.name else name, name, 0) for name in tests)]
     for label, name, num_tasks in sets:
         if name in tests:
@@ -2157,11 +2194,11 @@ def measure_phases(settings, data, precision):
 
 def report_phases(rows, figure):
     """One row of panels for each kind of model: improvement by number of tasks, and accuracies."""
-    kinds = {("transformer", "paper"): "Transformer, paper's tokens",
+    names = {("transformer", "paper"): "Transformer, paper's tokens",
              ("transformer", "pairs"): "Transformer, sample-label pairs",
              ("mlp", "paper"): "MLP, which sees no context"}
-    kinds = {(a, t): label for (a, t), label in kinds.items()
-             if select(rows, ARCHITECTURE=a, TOKEN_FORMAT=t)}
+    kinds = {key: names.get(key, ", ".join(key)) for key in dict.fromkeys(
+        (row["ARCHITECTURE"], row["TOKEN_FORMAT"]) for row in rows)}
     figure.set_size_inches(16, 4 * len(kinds))
     grid, lines = figure.subplots(len(kinds), 3, squeeze=False), []
     for panels, ((architecture, token), label) in zip(grid, kinds.items()):
@@ -2171,14 +2208,14 @@ def report_phases(rows, figure):
             lines += curves(select(mine, MODEL_SIZE=size), panels[0], "NUM_TASKS", "improvement",
                             "tested_on", f"{label}, width {size}: improvement (points)")
             for kind in values_of(mine, "tested_on"):
-                surely = [n for n in sorted(values_of(mine, "NUM_TASKS")) if np.subtract(*summary(
-                    select(mine, MODEL_SIZE=size, NUM_TASKS=n, tested_on=kind), "improvement"))
-                    > 0.1]
-                words = ", ".join(f"2**{math.log2(n):.0f}" for n in surely) or "no number of"
-                lines.append(f"  {kind}: surely above 10 points with {words} tasks")
+                found = [(n, *summary(select(mine, MODEL_SIZE=size, NUM_TASKS=n, tested_on=kind),
+                                      "improvement")) for n in values_of(mine, "NUM_TASKS")]
+                surely = [f"{n:,}" for n, mean, half in found if mean - half > 0.1]
+                lines.append(f"  {kind}: 95 % interval above 10 points with {', '.join(surely)} "
+                             "tasks" if surely else f"  {kind}: nowhere surely above 10 points")
         panels[0].set_xscale("log", base=2)
         panels[0].set_ylim(-5, 65)
-        for panel, kind in zip(panels[1:], ("seen tasks", "unseen tasks")):
+        for panel, kind in zip(panels[1:], ("training tasks", "unseen tasks")):
             heat_map(panel, select(mine, tested_on=kind), "NUM_TASKS", "MODEL_SIZE", "last",
                      f"accuracy (%) at the end, {kind}")
     return lines
@@ -2219,12 +2256,10 @@ def measure_plateau(settings, data, precision, every=20, enough=3):
     """Return the lengths of the plateau on the tasks of the training (without bias) and on fresh
     tasks, of validation images both. The run ends soon after both have been left.
     """
-    training, validation, _ = data
-    torch.manual_seed(settings.SEED)
-    model, steps, losses = make_model(settings).to(training.x.device), [], ([], [])
+    (training, validation, _), steps, losses = data, [], ([], [])
     batches = [draw_sequences(validation, 256, settings, ("plateau",), num_tasks)
                for num_tasks in (settings.NUM_TASKS, 0)]
-    for step, _ in training_steps(model, training, settings, precision):
+    for model, step in training_steps(settings, training, precision):
         if step % every == 0 or step == settings.STEPS:
             steps.append(step)
             with torch.no_grad():
@@ -2246,7 +2281,8 @@ def report_plateau(rows, figure):
     fixed = {key: rows[0][key] for key in PLATEAU_BASE if len(values_of(rows, key)) == 1}
     for panel, (factor, cells) in zip(panels, PLATEAU_FACTORS.items()):
         runs = [dict(row, value=value) for value, cell in cells.items()
-                for row in select(rows, **{**PLATEAU_BASE, **cell, **fixed})]
+                if all(fixed.get(key, wanted) == wanted for key, wanted in cell.items())
+                for row in select(rows, **{**PLATEAU_BASE, **fixed, **cell})]
         lines += curves(select(runs, left=True), None, "value", "length", "tested_on",
                         f"Length of the plateau (steps): {factor}", 1, 0)
         stuck, values = select(runs, left=False), values_of(runs, "value")
@@ -2264,11 +2300,13 @@ def report_plateau(rows, figure):
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     others = {**{k: v for k, v in PLATEAU_BASE.items() if k != "BATCH_SIZE"}, **fixed}
-    left = select(rows, left=True, tested_on="unseen tasks", **others)
-    if len(values_of(left, "BATCH_SIZE")) > 2:
-        slope, half = power_law([row["BATCH_SIZE"] for row in left], [r["length"] for r in left])
-        lines.append(f"Power law in the batch size: length ~ batch ** ({slope:.2f} ± {half:.2f}), "
-                     f"from {len(left)} runs that left it")
+    sizes = select(rows, tested_on="unseen tasks", **others)
+    stuck = values_of(select(sizes, left=False), "BATCH_SIZE")           # would bias the fit
+    fitted = [row for row in sizes if row["BATCH_SIZE"] not in stuck]
+    if len(values_of(fitted, "BATCH_SIZE")) > 2:
+        slope, half = power_law(*zip(*((row["BATCH_SIZE"], row["length"]) for row in fitted)))
+        lines += ["", f"Power law: length ~ batch size ** ({slope:.2f} ± {half:.2f}), from "
+                      f"{len(fitted)} runs of the batch sizes that always left it"]
     return lines
 
 
@@ -2337,13 +2375,15 @@ def measure_table(settings, data, precision):
     model = trained(settings, training, precision)
     names = {"transformer": "GPICL", "vsml_free": "VSML without symmetries"}
     method, n, rows = settings.ARCHITECTURE, settings.EVAL_SEQUENCES, []
+    comparable = training.name == "MNIST" and settings.NUM_EXAMPLES == 100
     lengths = [settings.NUM_EXAMPLES - 1] if method == "transformer" else []
     for name, dataset in tests.items():
         hits, *_ = count_hits(model, dataset, n, settings, precision, lengths=lengths)
         found = {names.get(method, method.upper()): hits["Transformer"][-1]}
         if lengths:
             found["SGD"] = hits["SGD (softmax)"][-1]
-        rows += [dict(method=word, tested_on=name, accuracy=right / n, sequences=n)
+        rows += [dict(method=word, tested_on=name, accuracy=right / n,
+                      paper=PAPER.get(name, {}).get(word) if comparable else None)
                  for word, right in found.items()]
     return rows
 
@@ -2352,14 +2392,15 @@ def report_table(rows, figure):
     """Ours with intervals, and crosses where the paper's numbers are."""
     figure.set_size_inches(11, 5)
     panel, kinds = figure.subplots(), values_of(rows, "tested_on")
-    lines = curves(rows, panel, "tested_on", "accuracy", "method", "accuracy (%) after 99 examples")
+    lines = curves(rows, panel, "tested_on", "accuracy", "method",
+                   "accuracy (%) at the end of the sequence")
     for line in panel.get_lines():
         line.set_linestyle("")
     lines += ["", "The paper"]
     for color, method in enumerate(values_of(rows, "method")):
-        paper = [PAPER.get(kind, {}).get(method, math.nan) for kind in kinds]
-        panel.plot(range(len(kinds)), paper, f"C{color}x", ms=9)
-        lines.append(f"{method:26}" + "".join(f"{value:15.1f}" for value in paper))
+        paper = [select(rows, method=method, tested_on=kind)[0]["paper"] for kind in kinds]
+        panel.plot(range(len(kinds)), np.array(paper, float), f"C{color}x", ms=9)
+        lines.append(f"{method:26}" + "".join(f"{value or '':>15}" for value in paper))
     return lines
 
 
@@ -2383,20 +2424,20 @@ class ConvNet(nn.Module):
         return self.head(self.body(x))
 
 
-def train_features(training, classes, settings, steps=300):
-    """Return a ConvNet that was trained to tell the first `classes` classes apart."""
+def train_features(training, settings, steps=300):
+    """Return a ConvNet that was trained to tell the classes of `training` apart."""
     size, device = settings.IMAGE_SIZE, training.x.device
     torch.manual_seed(settings.SEED)
-    net, kept = ConvNet(classes, size).to(device), (training.y < classes).nonzero()[:, 0]
+    net = ConvNet(training.classes, size).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
     for step in range(steps):
-        chosen = torch.randint(len(kept), (128,), generator=stream(
+        chosen = torch.randint(len(training.y), (128,), generator=stream(
             device, settings.SEED, "features", step), device=device)
-        x, y = training.x[kept[chosen]].view(-1, 1, size, size), training.y[kept[chosen]]
-        F.cross_entropy(net(x), y).backward()
+        F.cross_entropy(net(training.x[chosen].view(-1, 1, size, size)),
+                        training.y[chosen]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return net.eval()
+    return net
 
 
 def draw_episodes(dataset, n_episodes, ways, shots, settings, key):
@@ -2428,6 +2469,8 @@ def measure_features(settings, data, precision):
     features; of the rows of FEATURES_FILE, if there is one.
     """
     (training, _, tests), inputs = data, {}
+    most = max(shots := [int(word) for word in settings.SHOTS.split(",")])
+    check_context(make_model(settings), settings.WAYS * most)
     if settings.FEATURES_FILE:
         name = Path(settings.FEATURES_FILE).stem
         inputs[name] = as_dataset(name, *npz_arrays(settings.FEATURES_FILE), settings.IMAGE_SIZE,
@@ -2437,7 +2480,9 @@ def measure_features(settings, data, precision):
         if training.x.shape[1] != size**2 or training.name not in tests:
             raise UserError("without a FEATURES_FILE the features are made of grey images: train "
                             "and test on MNIST, FashionMNIST or the like.")
-        net = train_features(training, known, settings)
+        few = training.y < known                         # nothing sees the other classes
+        training = training._replace(x=training.x[few], y=training.y[few], classes=known)
+        net = train_features(training, settings)
         test = tests[training.name]
         images, y = test.x[test.y >= known], test.y[test.y >= known] - known
         features = torch.cat([net.body(x.view(-1, 1, size, size)).detach()
@@ -2445,28 +2490,27 @@ def measure_features(settings, data, precision):
         features = (features - features.mean()) / features.std()
         for word, x in (("pixels", images), ("features", features)):
             inputs[word] = Dataset(word, x, y, test.classes - known)
+    for dataset in inputs.values():
+        draw_episodes(dataset, 1, settings.WAYS, most, settings, ("are there enough rows?",))
     model, rows, n = trained(settings, training, precision), [], settings.EVAL_SEQUENCES
-    for (word, dataset), shots in itertools.product(
-            inputs.items(), map(int, settings.SHOTS.split(","))):
+    for (word, dataset), shots in itertools.product(inputs.items(), shots):
         hits = {}
         for start in range(0, n, EVAL_BATCH):
             x, y = draw_episodes(dataset, min(EVAL_BATCH, n - start), settings.WAYS, shots,
-                                 settings, ("episodes", word, shots, start))
+                                 settings, ("episodes", settings.EVAL_SEED, shots, start))
             for learner, labels in last_predictions(model, x, y, precision).items():
                 hits[learner] = hits.get(learner, 0) + (labels == y[:, -1].cpu()).sum().item()
         rows += [dict(input=word, ways=settings.WAYS, shots=shots, learner=learner,
-                      accuracy=right / n, sequences=n) for learner, right in hits.items()]
+                      accuracy=right / n) for learner, right in hits.items()]
     return rows
 
 
 @torch.no_grad()
 def last_predictions(model, x, y, precision):
     """Return {learner: label (B,) of the last example}, among the classes that were shown."""
-    scores = {"in-context": logits_of(model, x, y, precision)[:, -1].cpu()}
-    gram, targets = (x @ x.mT).cpu(), F.one_hot(y[:, :-1].cpu(), C).float()
-    scores |= {name: learner(gram, targets)[:, 0] for name, learner in CLASSICAL.items()}
-    return {name: score.masked_fill(targets.sum(1) == 0, -math.inf).argmax(-1)
-            for name, score in scores.items()}
+    shown = F.one_hot(y[:, :-1], C).sum(1) > 0
+    ours = logits_of(model, x, y, precision)[:, -1].masked_fill(~shown, -math.inf).argmax(-1)
+    return {"in-context": ours.cpu(), **classical_labels((x @ x.mT).cpu(), y[:, :-1].cpu())}
 
 
 def report_features(rows, figure):
@@ -2481,51 +2525,49 @@ def report_features(rows, figure):
 
 
 # algorithm: which classical learner does the trained model act like? (not in the paper)
-def agreement(a, b, y):
+def agreement(a, b, y, shown):
     """Return how predictions a and b (n,) of the labels y (n,) agree: a dict.
 
     agreement: share of equal predictions; expected: that share if their hits and their mistakes
-    were independent, given how accurate both are; kappa: the excess, as a share of what is
-    possible (as Cohen's); same_mistake: share of equal predictions where both are wrong.
+    were independent and mistakes fell evenly on the other classes that were shown, `shown` (n,) in
+    number; kappa: the excess, as a share of what is possible (as Cohen's); same_mistake: share of
+    equal predictions where both are wrong.
     """
     p, q, both_wrong = (a == y).mean(), (b == y).mean(), (a != y) & (b != y)
-    same, expected = (a == b).mean(), p * q + (1 - p) * (1 - q) / (C - 1)
+    same, expected = (a == b).mean(), p * q + (1 - p) * (1 - q) * (1 / (shown - 1)).mean()
     return dict(agreement=same, expected=expected, kappa=(same - expected) / (1 - expected),
                 same_mistake=(a == b)[both_wrong].mean() if both_wrong.any() else math.nan)
 
 
 def measure_algorithm(settings, data, precision):
     """Return how the model's predictions agree with classical learners', by number of examples
-    and over the training; and with those of a model with another seed, for comparison.
+    and over the training; and with those of a model with another seed, for comparison. Compared
+    are sequences whose query is of a class among two or more that were shown.
     """
-    (training, _, tests), twin_name = data, "same model, other seed"
-    n, rows, lengths = settings.EVAL_SEQUENCES, [], [
-        k for k in (2, 5, 10, 20, 50) if k < settings.NUM_EXAMPLES - 1]
+    (training, _, tests), n, rows = data, settings.EVAL_SEQUENCES, []
+    lengths = [k for k in (10, 20, 50) if k < settings.NUM_EXAMPLES - 1]
     lengths.append(settings.NUM_EXAMPLES - 1)
     marks = [step for step in (1, 10, 30, 100, 300) if step < settings.STEPS] + [settings.STEPS]
-    other = default_settings(**{**vars(settings), "SEED": settings.SEED + 1000})
-    twin = trained(other, training, precision)
+    twin = trained(altered(settings, SEED=settings.SEED + 1000), training, precision)
     found = {name: predictions(twin, dataset, n, settings, precision, lengths=lengths)
              for name, dataset in tests.items()}
-    for known, *_ in found.values():
-        known[twin_name] = known.pop("Transformer")[:, lengths]
 
     def compare(step, name, a, b, mine, theirs, y):
         for i, k in enumerate(lengths):
-            rows.append(dict(step=step, tested_on=name, examples=k, a=a, b=b,
-                             **agreement(mine[:, i], theirs[:, i], y[:, k])))
+            shown = np.eye(C, dtype=bool)[y[:, :k]].any(1)
+            kept = shown[np.arange(len(y)), y[:, k]] & (shown.sum(1) > 1)
+            rows.append(dict(step=step, tested_on=name, examples=k, a=a, b=b, **agreement(
+                mine[kept, i], theirs[kept, i], y[kept, k], shown[kept].sum(1))))
 
-    torch.manual_seed(settings.SEED)
-    model = make_model(settings).to(training.x.device)
-    for step, _ in training_steps(model, training, settings, precision):
+    for known, *_ in found.values():
+        known["same model, other seed"] = known.pop("Transformer")[:, lengths]
+    for model, step in training_steps(settings, training, precision):
         for name, (known, y, _) in found.items() if step in marks else ():
-            labels = predictions(model, tests[name], n, settings, precision)[0]
-            mine = labels["Transformer"][:, lengths]
-            for learner, theirs in known.items():
-                compare(step, name, "in-context", learner, mine, theirs, y)
-    for name, (known, y, _) in found.items():
-        for a, b in itertools.combinations([k for k in known if k != twin_name], 2):
-            compare(settings.STEPS, name, a, b, known[a], known[b], y)
+            mine = predictions(model, tests[name], n, settings, precision)[0]["Transformer"]
+            learners = {"in-context": mine[:, lengths], **known}
+            for a, b in itertools.combinations(learners, 2):
+                if a == "in-context" or step == settings.STEPS:
+                    compare(step, name, a, b, learners[a], learners[b], y)
     return rows
 
 
@@ -2550,8 +2592,8 @@ def report_algorithm(rows, figure):
 
 # What the small ones among them share: 8x8 images, and a model small enough for many runs.
 SMALL = dict(IMAGE_SIZE=8, PROJECTION_SIZE=64, NUM_EXAMPLES=30, COMPARE_IMAGES=False,
-             ATTENTION_SCALE=16.0, OUTPUT_STD=1.0, MODEL_SIZE=64, NUM_LAYERS=2, MLP_SIZE=0,
-             BATCH_SIZE=64, STEPS=1200, LEARNING_RATE=3e-3, DECAY_FRACTION=0.3, EVAL_SEQUENCES=1024)
+             ATTENTION_SCALE=16.0, OUTPUT_STD=1.0, MODEL_SIZE=64, NUM_LAYERS=2, MLP_SIZE=128,
+             BATCH_SIZE=64, STEPS=1000, LEARNING_RATE=3e-3, DECAY_FRACTION=0.3, EVAL_SEQUENCES=1024)
 EXPERIMENTS = {
     "phases": Experiment(
         "Memorising, identifying tasks, learning to learn: by number of training tasks",
@@ -2560,7 +2602,7 @@ EXPERIMENTS = {
             dict(ARCHITECTURE="transformer", TOKEN_FORMAT="pairs", GUIDED_START=False),
             dict(ARCHITECTURE="mlp", TOKEN_FORMAT="paper", GUIDED_START=True))
             for cell in product(MODEL_SIZE=[32, 128],
-                                NUM_TASKS=[2**k for k in (0, 4, 8, 9, 10, 12, 18)])],
+                                NUM_TASKS=[2**k for k in (0, 5, 8, 9, 10, 13, 18)])],
         measure_phases, report_phases),
     "architectures": Experiment(
         "Accuracy against state and against parameters",
@@ -2573,7 +2615,7 @@ EXPERIMENTS = {
         measure_architectures, report_architectures),
     "plateau": Experiment(
         "Length of the plateau: filled where it was left, hollow where it was not",
-        dict(SMALL, DECAY_FRACTION=0.0), [
+        dict(SMALL, MLP_SIZE=256, STEPS=1200, DECAY_FRACTION=0.0), [
             {**PLATEAU_BASE, **cell} for cells in PLATEAU_FACTORS.values()
             for cell in cells.values()],
         measure_plateau, report_plateau),
