@@ -759,6 +759,12 @@ def update(model, optimizers, x, y, rate, precision, clip):
     return loss, size
 
 
+def training_batch(dataset, step, settings):
+    """Return x (B, T, P) and y (B, T) of a step: the same at every call."""
+    return draw_sequences(dataset, settings.BATCH_SIZE, settings, ("train", settings.SEED, step),
+                          settings.NUM_TASKS, settings.BIASED_FRACTION)
+
+
 def resume(path, settings, model, optimizers=()):
     """Put a checkpoint into model and optimisers; return its progress, None if there is none."""
     if not path.exists():
@@ -791,8 +797,7 @@ def meta_train(model, dataset, validation, settings, folder, precision, log):
     with stop_requests() as stopping, bar:
         for step in range(progress["step"], settings.STEPS):
             began = time.time()
-            x, y = draw_sequences(dataset, settings.BATCH_SIZE, settings, ("train", settings.SEED,
-                                  step), settings.NUM_TASKS, settings.BIASED_FRACTION)
+            x, y = training_batch(dataset, step, settings)
             synchronize(device)
             progress["drawing_seconds"] += time.time() - began
             rate = learning_rate(step, settings)
@@ -1546,6 +1551,7 @@ def identity(settings):
 
 
 # ---------------------------------------------------------------------------- plumbing: settings
+@functools.cache
 def setting_comments():
     """Return {name: comment} of the settings, read from this file's own source, in its order."""
     source = Path(__file__).read_text(encoding="utf-8")
@@ -1978,18 +1984,27 @@ def curves(rows, panel, x, y, by, title, unit=100, digits=1):
     """Draw the means of column y against column x, with 95 % intervals over the seeds, a curve for
     each value of column `by`. Return the same numbers, times `unit`, as lines of text.
     """
+    if not rows:
+        return []
     marks = values_of(rows, x)
     numeric = not any(isinstance(mark, str) for mark in marks)
     marks = sorted(marks) if numeric else marks
-    lines = ["", f"{title}, by {x}", " " * 26 + "".join(f"{mark:>15}" for mark in marks)]
+    width = 2 + max(13, *(len(str(mark)) for mark in marks))
+    lines = ["", f"{title}, by {x}", " " * 26 + "".join(f"{mark:>{width}}" for mark in marks)]
+
+    def cell(mean, half):
+        return "-" if math.isnan(mean) else f"{mean:.{digits}f}" + (
+            " " * 6 if math.isnan(half) else f" ±{half:4.{digits}f}")
+
     for kind in values_of(rows, by):
         found = [summary(select(rows, **{by: kind, x: mark}), y) for mark in marks]
         mean, half = unit * np.array(found).T
         lines.append(f"{kind!s:26}" + "".join(
-            f"{m:9.{digits}f} ±{h:4.{digits}f}" for m, h in zip(mean, half)))
+            f"{cell(*pair):>{width}}" for pair in zip(mean, half)))
         if panel:
-            panel.errorbar(marks if numeric else range(len(marks)), mean, half, marker="o", ms=4,
-                           capsize=3, label=kind)
+            there, places = ~np.isnan(mean), np.array(marks if numeric else range(len(marks)))
+            panel.errorbar(places[there], mean[there], half[there], marker="o", ms=4, capsize=3,
+                           label=kind)
     if panel:
         panel.set(title=title, xlabel=x)
         panel.grid(alpha=0.3)
@@ -2022,8 +2037,7 @@ def training_steps(settings, dataset, precision):
     model = make_model(settings).to(dataset.x.device)
     optimizers = make_optimizers(model, settings)
     for step in range(settings.STEPS):
-        x, y = draw_sequences(dataset, settings.BATCH_SIZE, settings, ("train", settings.SEED,
-                              step), settings.NUM_TASKS, settings.BIASED_FRACTION)
+        x, y = training_batch(dataset, step, settings)
         loss, size = update(model, optimizers, x, y, learning_rate(step, settings), precision,
                             settings.GRADIENT_CLIP)
         if not math.isfinite(loss + size):
@@ -2110,7 +2124,7 @@ def sweep(name, settings, flags):
     records = [done[json.dumps(run)] for run in runs]
     rows = [{**record["cell"], **row} for record in records for row in record["rows"]]
     tell(name, rows, results, log, dict(
-        experiment=name, runs=len(runs), workers=workers, settings=common,
+        experiment=name, runs=len(runs), settings=common,
         run_seconds=sum(record["seconds"] for record in records),
         **surroundings(device, precision)))
 
@@ -2173,21 +2187,25 @@ def worker_map(workers):
         signal.signal(signal.SIGTERM, former)
 
 
+def both_ends(model, dataset, settings, precision, num_tasks=0):
+    """Return the accuracy on the first and that on the last tenth of the examples."""
+    hits, *_ = count_hits(model, dataset, settings.EVAL_SEQUENCES, settings, precision, num_tasks)
+    curve = hits["Transformer"] / settings.EVAL_SEQUENCES
+    return curve[0], curve[-max(1, len(curve) // 10):].mean()
+
+
 # phases: memorise instances, identify tasks, learn to learn (paper, Sec. 4.1 and 4.2)
 def measure_phases(settings, data, precision):
     """Return accuracy on the first and on the last tenth of the examples, on the tasks to train on
     (too many of them, and not all were seen), on fresh tasks, and on other data sets; test images.
     """
     training, _, tests = data
-    model, n, tail, rows = trained(settings, training, precision), settings.EVAL_SEQUENCES, max(
-        1, settings.NUM_EXAMPLES // 10), []
+    model, rows = trained(settings, training, precision), []
     sets = [("training tasks", training.name, settings.NUM_TASKS), *(
         ("unseen tasks" if name == training.name else name, name, 0) for name in tests)]
     for label, name, num_tasks in sets:
         if name in tests:
-            hits = count_hits(model, tests[name], n, settings, precision, num_tasks)[0]
-            curve = hits["Transformer"] / n
-            first, last = curve[0], curve[-tail:].mean()
+            first, last = both_ends(model, tests[name], settings, precision, num_tasks)
             rows.append(dict(tested_on=label, first=first, last=last, improvement=last - first))
     return rows
 
@@ -2283,6 +2301,9 @@ def report_plateau(rows, figure):
         runs = [dict(row, value=value) for value, cell in cells.items()
                 if all(fixed.get(key, wanted) == wanted for key, wanted in cell.items())
                 for row in select(rows, **{**PLATEAU_BASE, **fixed, **cell})]
+        if not runs:                                     # a flag holds this factor fixed
+            panel.set_axis_off()
+            continue
         lines += curves(select(runs, left=True), None, "value", "length", "tested_on",
                         f"Length of the plateau (steps): {factor}", 1, 0)
         stuck, values = select(runs, left=False), values_of(runs, "value")
@@ -2322,11 +2343,11 @@ def power_law(x, y):
 def measure_architectures(settings, data, precision):
     """Return the accuracy at the end of the sequence beside the sizes of state and parameters."""
     training, _, tests = data
-    model, tail = trained(settings, training, precision), max(1, settings.NUM_EXAMPLES // 10)
-    return [dict(tested_on=name, accuracy=(count_hits(
-        model, dataset, settings.EVAL_SEQUENCES, settings, precision)[0]["Transformer"][-tail:]
-        .mean() / settings.EVAL_SEQUENCES), state=model.state_size(settings.NUM_EXAMPLES),
-        parameters=sum(p.numel() for p in model.parameters())) for name, dataset in tests.items()]
+    model = trained(settings, training, precision)
+    return [dict(tested_on=name, accuracy=both_ends(model, dataset, settings, precision)[1],
+                 state=model.state_size(settings.NUM_EXAMPLES),
+                 parameters=sum(p.numel() for p in model.parameters()))
+            for name, dataset in tests.items()]
 
 
 def rank_correlation(x, y):
