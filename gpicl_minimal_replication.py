@@ -2022,10 +2022,11 @@ def heat_map(panel, rows, x, y, value, title, unit=100, digits=0):
     columns, lines = sorted(values_of(rows, x)), sorted(values_of(rows, y))
     means = np.array([[unit * summary(select(rows, **{x: a, y: b}), value)[0] for a in columns]
                       for b in lines])
-    panel.imshow(means, aspect="auto", cmap="Greens", vmin=0)
+    panel.imshow(means, aspect="auto", cmap="Greens", vmin=0, vmax=unit)
     for (i, j), mean in np.ndenumerate(means):
         if not math.isnan(mean):
-            panel.text(j, i, f"{mean:.{digits}f}", ha="center", va="center")
+            panel.text(j, i, f"{mean:.{digits}f}", ha="center", va="center",
+                       color="w" if mean > 0.6 * unit else "k")
     panel.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
     panel.set_yticks(range(len(lines)), lines, fontsize=8)
     panel.set(title=title, xlabel=x, ylabel=y)
