@@ -489,9 +489,9 @@ class InContextModel(nn.Module):
 # ----------------------------------------------------------------------- the other architectures
 # Each stands in a Block where attention stands, behind the same call: h (B, T, D) to (B, T, D),
 # nothing from later examples. state_size(T) tells how many numbers it carries from one example to
-# the next: what it can remember of a sequence (paper, Sec. 4.3).
+# the next: what it can remember of a sequence (paper, on state size).
 class Nothing(nn.Module):
-    """No mixing: an MLP that sees its own token only and can but memorise (paper, Sec. 4.1)."""
+    """No mixing: an MLP that sees its own token only and can but memorise (paper, heat maps)."""
 
     def __init__(self, settings, first):
         super().__init__()
@@ -522,7 +522,7 @@ class OuterProductLSTM(nn.Module):
     """An LSTM whose cell is a matrix per head, written to by outer products: fast weights.
 
     C_t = f * C_t-1 + (i * tanh v) (tanh k)',  h_t = o * C_t tanh q, each of f, i, o, v, k, q linear
-    in the input and in h_t-1; f, i and o through a sigmoid (paper, App. on architectures).
+    in the input and in h_t-1; f, i and o through a sigmoid (as in the paper).
     """
 
     def __init__(self, settings, first):
@@ -609,7 +609,7 @@ class VSML(nn.Module):
     few parameters. It gets messages from its input and its output, and sends some back. "vsml": the
     inputs are the numbers of A x_i, the outputs are the classes, so that other orders of either
     make no difference: the symmetries of a learning algorithm are built in. "vsml_free": learnt
-    matrices stand before the inputs and after the outputs, and break the symmetries (paper, App.).
+    matrices stand before the inputs and after the outputs, and break the symmetries (as in the paper).
     """
 
     def __init__(self, settings):
@@ -2195,7 +2195,7 @@ def both_ends(model, dataset, settings, precision, num_tasks=0):
     return curve[0], curve[-max(1, len(curve) // 10):].mean()
 
 
-# phases: memorise instances, identify tasks, learn to learn (paper, Sec. 4.1 and 4.2)
+# phases: memorise instances, identify tasks, learn to learn (paper, figures on the number of tasks)
 def measure_phases(settings, data, precision):
     """Return accuracy on the first and on the last tenth of the examples, on the tasks to train on
     (too many of them, and not all were seen), on fresh tasks, and on other data sets; test images.
@@ -2240,7 +2240,7 @@ def report_phases(rows, figure):
     return lines
 
 
-# plateau: how long the loss stays at that of guessing (paper, Sec. 4.4 and 4.5)
+# plateau: how long the loss stays at that of guessing (paper, figures on the plateau)
 PLATEAU_FACTORS = {
     "batch size": {str(n): dict(BATCH_SIZE=n) for n in (16, 32, 64, 128, 256)},
     "tasks": {**{f"2**{k}": dict(NUM_TASKS=2**k) for k in (6, 8, 10, 12, 14, 16)},
@@ -2340,7 +2340,7 @@ def power_law(x, y):
     return slope, student(n - 2) * error**0.5
 
 
-# architectures: is it the state that matters, or the parameters? (paper, Sec. 4.3)
+# architectures: is it the state that matters, or the parameters? (paper, figure on state size)
 def measure_architectures(settings, data, precision):
     """Return the accuracy at the end of the sequence beside the sizes of state and parameters."""
     training, _, tests = data
@@ -2388,7 +2388,7 @@ def report_architectures(rows, figure):
     return lines
 
 
-# table: the paper's comparison of methods (paper, Table 1)
+# table: the paper's comparison of methods (its table)
 def measure_table(settings, data, precision):
     """Return the accuracy after the longest context on every data set; SGD on the same sequences
     beside the Transformer's.
@@ -2426,7 +2426,7 @@ def report_table(rows, figure):
     return lines
 
 
-# features: few-shot learning on top of the features of another network (paper, App.)
+# features: few-shot learning on top of the features of another network (paper, pre-trained features)
 class ConvNet(nn.Module):
     """A small convolutional network, trained as usual: source of features that are made here.
 
