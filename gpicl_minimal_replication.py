@@ -609,7 +609,7 @@ class VSML(nn.Module):
     few parameters. It gets messages from its input and its output, and sends some back. "vsml": the
     inputs are the numbers of A x_i, the outputs are the classes, so that other orders of either
     make no difference: the symmetries of a learning algorithm are built in. "vsml_free": learnt
-    matrices stand before the inputs and after the outputs, and break the symmetries (as in the paper).
+    matrices stand before the inputs and after the outputs, and break them (as in the paper).
     """
 
     def __init__(self, settings):
@@ -2426,7 +2426,7 @@ def report_table(rows, figure):
     return lines
 
 
-# features: few-shot learning on top of the features of another network (paper, pre-trained features)
+# features: few-shot learning on top of the features of another network (paper: of a ResNet)
 class ConvNet(nn.Module):
     """A small convolutional network, trained as usual: source of features that are made here.
 
