@@ -904,8 +904,7 @@ def classical_labels(gram, y):
 
     gram (B, n + 1, n + 1) holds the products of all, on the CPU, where linear algebra is at home.
     """
-    targets = F.one_hot(y, C).float()
-    missing = targets.sum(1) == 0
+    targets, missing = F.one_hot(y, C).float(), F.one_hot(y, C).sum(1) == 0
     return {name: learner(gram, targets)[:, 0].masked_fill(missing, -math.inf).argmax(-1)
             for name, learner in CLASSICAL.items()}
 
@@ -1996,13 +1995,14 @@ def curves(rows, panel, x, y, by, title, unit=100, digits=1):
         return "-" if math.isnan(mean) else f"{mean:.{digits}f}" + (
             " " * 6 if math.isnan(half) else f" ±{half:4.{digits}f}")
 
-    for kind in values_of(rows, by):
+    for color, kind in enumerate(values_of(rows, by)):
         found = [summary(select(rows, **{by: kind, x: mark}), y) for mark in marks]
         mean, half = unit * np.array(found).T
         lines.append(f"{kind!s:26}" + "".join(
             f"{cell(*pair):>{width}}" for pair in zip(mean, half)))
         if panel:
-            there, places = ~np.isnan(mean), np.array(marks if numeric else range(len(marks)))
+            there = ~np.isnan(mean)
+            places = np.array(marks) if numeric else np.arange(len(marks)) + 0.08 * color
             panel.errorbar(places[there], mean[there], half[there], marker="o", ms=4, capsize=3,
                            label=kind)
     if panel:
@@ -2415,13 +2415,13 @@ def report_table(rows, figure):
     figure.set_size_inches(11, 5)
     panel, kinds = figure.subplots(), values_of(rows, "tested_on")
     lines = curves(rows, panel, "tested_on", "accuracy", "method",
-                   "accuracy (%) at the end of the sequence")
+                   "accuracy (%) at the end of the sequence; crosses: the paper")
     for line in panel.get_lines():
         line.set_linestyle("")
     lines += ["", "The paper"]
     for color, method in enumerate(values_of(rows, "method")):
         paper = [select(rows, method=method, tested_on=kind)[0]["paper"] for kind in kinds]
-        panel.plot(range(len(kinds)), np.array(paper, float), f"C{color}x", ms=9)
+        panel.plot(np.arange(len(kinds)) + 0.08 * color, np.array(paper, float), f"C{color}x")
         lines.append(f"{method:26}" + "".join(f"{value or '':>15}" for value in paper))
     return lines
 
