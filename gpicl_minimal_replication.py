@@ -2370,7 +2370,7 @@ def report_architectures(rows, figure):
         line = f"{architecture:13}{state:9,} numbers of state{parameters:11,} parameters"
         for kind in values_of(mine, "tested_on"):
             mean, half = summary(select(mine, tested_on=kind), "accuracy")
-            line += f"   {kind}{100 * mean:6.1f} ±{100 * half:4.1f}"
+            line += f"   {kind}{100 * mean:6.1f}" + f" ±{100 * half:4.1f}" * (half == half)
         lines.append(line)
     points = np.array([(state, parameters, summary(select(mine, tested_on=first), "accuracy")[0])
                        for (_, state, parameters), mine in models.items()])
