@@ -1998,8 +1998,7 @@ def curves(rows, panel, x, y, by, title, unit=100, digits=1):
     for color, kind in enumerate(values_of(rows, by)):
         found = [summary(select(rows, **{by: kind, x: mark}), y) for mark in marks]
         mean, half = unit * np.array(found).T
-        lines.append(f"{kind!s:26}" + "".join(
-            f"{cell(*pair):>{width}}" for pair in zip(mean, half)))
+        lines.append(f"{kind!s:26}" + "".join(f"{cell(*m):>{width}}" for m in zip(mean, half)))
         if panel:
             there = ~np.isnan(mean)
             places = np.array(marks) if numeric else np.arange(len(marks)) + 0.08 * color
@@ -2370,7 +2369,8 @@ def report_architectures(rows, figure):
         line = f"{architecture:13}{state:9,} numbers of state{parameters:11,} parameters"
         for kind in values_of(mine, "tested_on"):
             mean, half = summary(select(mine, tested_on=kind), "accuracy")
-            line += f"   {kind}{100 * mean:6.1f}" + f" ±{100 * half:4.1f}" * (half == half)
+            more = "" if math.isnan(half) else f" ±{100 * half:4.1f}"
+            line += f"   {kind}{100 * mean:6.1f}{more}"
         lines.append(line)
     points = np.array([(state, parameters, summary(select(mine, tested_on=first), "accuracy")[0])
                        for (_, state, parameters), mine in models.items()])
