@@ -918,13 +918,12 @@ def predictions(model, dataset, n_sequences, settings, precision, num_tasks=0, l
     """
     parts = []
     for x, y in evaluation_batches(dataset, n_sequences, settings, num_tasks):
-        logits, products = logits_of(model, x, y, precision), None
+        logits = logits_of(model, x, y, precision)
         found, y = {"Transformer": logits.argmax(-1).cpu()}, y.cpu()
         if len(lengths):
-            products = (x @ x.mT).cpu()
-        labels = [classical_labels(products[:, :n + 1, :n + 1], y[:, :n]) for n in lengths]
-        for name in CLASSICAL if labels else ():
-            found[name] = torch.stack([some[name] for some in labels], 1)
+            gram = (x @ x.mT).cpu()
+            labels = [classical_labels(gram[:, :n + 1, :n + 1], y[:, :n]) for n in lengths]
+            found |= {name: torch.stack([some[name] for some in labels], 1) for name in CLASSICAL}
         parts.append((found, y, logits[:, -1].cpu()))
     found, y, last = zip(*parts)
     return ({name: torch.cat([part[name] for part in found]).numpy() for name in found[0]},
@@ -1988,17 +1987,13 @@ def curves(rows, panel, x, y, by, title, unit=100, digits=1):
     marks = values_of(rows, x)
     numeric = not any(isinstance(mark, str) for mark in marks)
     marks = sorted(marks) if numeric else marks
-    width = 2 + max(13, *(len(str(mark)) for mark in marks))
-    lines = ["", f"{title}, by {x}", " " * 26 + "".join(f"{mark:>{width}}" for mark in marks)]
-
-    def cell(mean, half):
-        return "-" if math.isnan(mean) else f"{mean:.{digits}f}" + (
-            " " * 6 if math.isnan(half) else f" ±{half:4.{digits}f}")
-
+    table = [["", *map(str, marks)]]
     for color, kind in enumerate(values_of(rows, by)):
         found = [summary(select(rows, **{by: kind, x: mark}), y) for mark in marks]
         mean, half = unit * np.array(found).T
-        lines.append(f"{kind!s:26}" + "".join(f"{cell(*m):>{width}}" for m in zip(mean, half)))
+        table.append([str(kind), *(
+            "-" if math.isnan(m) else f"{m:.{digits}f}" if math.isnan(h) else
+            f"{m:.{digits}f} ±{h:{digits + 3}.{digits}f}" for m, h in zip(mean, half))])
         if panel:
             there = ~np.isnan(mean)
             places = np.array(marks) if numeric else np.arange(len(marks)) + 0.08 * color
@@ -2010,7 +2005,11 @@ def curves(rows, panel, x, y, by, title, unit=100, digits=1):
         panel.legend(fontsize=8)
         if not numeric:
             panel.set_xticks(range(len(marks)), marks, fontsize=8)
-    return lines
+    label, width = (max(map(len, words)) for words in (
+        [row[0] for row in table], [word for row in table for word in row[1:]]))
+    return ["", f"{title}, by {x}", *(
+        row[0].ljust(label) + "".join(word.rjust(width + 2) for word in row[1:])
+        for row in table)]
 
 
 def heat_map(panel, rows, x, y, value, title, unit=100, digits=0):
@@ -2274,22 +2273,25 @@ def measure_plateau(settings, data, precision, every=20, enough=3):
     """Return the lengths of the plateau on the tasks of the training (without bias) and on fresh
     tasks, of validation images both. The run ends soon after both have been left.
     """
-    (training, validation, _), steps, losses = data, [], ([], [])
-    batches = [draw_sequences(validation, 256, settings, ("plateau",), num_tasks)
-               for num_tasks in (settings.NUM_TASKS, 0)]
+    (training, validation, _), steps = data, []
+    losses = {num_tasks: [] for num_tasks in (settings.NUM_TASKS, 0)}    # one, where all are fresh
+    batches = {num_tasks: draw_sequences(validation, 256, settings, ("plateau",), num_tasks)
+               for num_tasks in losses}
     for model, step in training_steps(settings, training, precision):
         if step % every == 0 or step == settings.STEPS:
             steps.append(step)
             with torch.no_grad():
-                for (x, y), found in zip(batches, losses):
+                for num_tasks, (x, y) in batches.items():
                     logits = logits_of(model, x, y, precision).flatten(0, 1)
-                    found.append(F.cross_entropy(logits, y.flatten()).item())
-            if all(loss < math.log(C) - 0.1 for found in losses for loss in found[-enough:]):
-                if len(steps) >= enough:
-                    break
-    lengths = [plateau_length(steps, found) for found in losses]
+                    losses[num_tasks].append(F.cross_entropy(logits, y.flatten()).item())
+            last = steps[-enough:]
+            if len(last) == enough and all(plateau_length(last, found[-enough:]) == last[0]
+                                           for found in losses.values()):
+                break
+    lengths = {kind: plateau_length(steps, losses[num_tasks]) for kind, num_tasks in (
+        ("training tasks", settings.NUM_TASKS), ("unseen tasks", 0))}
     return [dict(tested_on=kind, length=length, left=length is not None, steps=steps[-1])
-            for kind, length in zip(("training tasks", "unseen tasks"), lengths)]
+            for kind, length in lengths.items()]
 
 
 def report_plateau(rows, figure):
@@ -2418,11 +2420,13 @@ def report_table(rows, figure):
                    "accuracy (%) at the end of the sequence; crosses: the paper")
     for line in panel.get_lines():
         line.set_linestyle("")
-    lines += ["", "The paper"]
+    lines.append("")
     for color, method in enumerate(values_of(rows, "method")):
-        paper = [select(rows, method=method, tested_on=kind)[0]["paper"] for kind in kinds]
-        panel.plot(np.arange(len(kinds)) + 0.08 * color, np.array(paper, float), f"C{color}x")
-        lines.append(f"{method:26}" + "".join(f"{value or '':>15}" for value in paper))
+        paper = {kind: select(rows, method=method, tested_on=kind)[0]["paper"] for kind in kinds}
+        panel.plot(np.arange(len(kinds)) + 0.08 * color, np.array([*paper.values()], float),
+                   f"C{color}x")
+        words = ", ".join(f"{kind} {value}" for kind, value in paper.items() if value)
+        lines += [f"the paper, {method}: {words}"] if words else []
     return lines
 
 
