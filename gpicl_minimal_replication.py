@@ -2005,11 +2005,10 @@ def curves(rows, panel, x, y, by, title, unit=100, digits=1):
         panel.legend(fontsize=8)
         if not numeric:
             panel.set_xticks(range(len(marks)), marks, fontsize=8)
-    label, width = (max(map(len, words)) for words in (
-        [row[0] for row in table], [word for row in table for word in row[1:]]))
-    return ["", f"{title}, by {x}", *(
-        row[0].ljust(label) + "".join(word.rjust(width + 2) for word in row[1:])
-        for row in table)]
+    label = max(len(kind) for kind, *_ in table)
+    width = 2 + max(len(word) for _, *words in table for word in words)
+    return ["", f"{title}, by {x}", *(kind.ljust(label) + "".join(
+        word.rjust(width) for word in words) for kind, *words in table)]
 
 
 def heat_map(panel, rows, x, y, value, title, unit=100, digits=0):
@@ -2046,8 +2045,7 @@ def training_steps(settings, dataset, precision):
 
 def trained(settings, dataset, precision):
     """Return a new model, meta-trained."""
-    *_, (model, _) = training_steps(settings, dataset, precision)
-    return model
+    return list(training_steps(settings, dataset, precision))[-1][0]
 
 
 def one_run(job):
@@ -2137,8 +2135,7 @@ def tell(name, rows, folder, log, facts):
     with replacing(folder / f"{name}.png") as temporary:
         figure.savefig(temporary, dpi=110)
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    write_csv(folder / f"{name}.csv", [columns, *([row.get(key) for key in columns]
-                                                  for row in rows)])
+    write_csv(folder / f"{name}.csv", [columns, *(map(row.get, columns) for row in rows)])
     with replacing(folder / f"{name}.json") as temporary:
         temporary.write_text(json.dumps(dict(facts, table=lines), indent=1))
     log("\n".join(["", *lines, "", f"Written: {folder / name}.csv, .json, .png"]))
@@ -2288,10 +2285,9 @@ def measure_plateau(settings, data, precision, every=20, enough=3):
             if len(last) == enough and all(plateau_length(last, found[-enough:]) == last[0]
                                            for found in losses.values()):
                 break
-    lengths = {kind: plateau_length(steps, losses[num_tasks]) for kind, num_tasks in (
-        ("training tasks", settings.NUM_TASKS), ("unseen tasks", 0))}
     return [dict(tested_on=kind, length=length, left=length is not None, steps=steps[-1])
-            for kind, length in lengths.items()]
+            for kind, num_tasks in (("training tasks", settings.NUM_TASKS), ("unseen tasks", 0))
+            for length in [plateau_length(steps, losses[num_tasks])]]
 
 
 def report_plateau(rows, figure):
@@ -2423,8 +2419,8 @@ def report_table(rows, figure):
     lines.append("")
     for color, method in enumerate(values_of(rows, "method")):
         paper = {kind: select(rows, method=method, tested_on=kind)[0]["paper"] for kind in kinds}
-        panel.plot(np.arange(len(kinds)) + 0.08 * color, np.array([*paper.values()], float),
-                   f"C{color}x")
+        places = np.arange(len(kinds)) + 0.08 * color
+        panel.plot(places, np.array([*paper.values()], float), f"C{color}x")
         words = ", ".join(f"{kind} {value}" for kind, value in paper.items() if value)
         lines += [f"the paper, {method}: {words}"] if words else []
     return lines
