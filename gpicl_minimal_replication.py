@@ -79,7 +79,7 @@ VALIDATION_IMAGES = 5000     # last training images, never trained on; a quarter
 # Tasks
 NUM_TASKS = 0                # 2**k: so many fixed tasks; 0: a fresh task for every sequence
 NUM_EXAMPLES = 100           # examples in a sequence: the last is predicted after 99
-PROJECTION_SIZE = 784        # numbers that the random projection turns an image into
+PROJECTION_SIZE = 3072       # numbers that the random projection turns an image into (as paper)
 BIASED_FRACTION = 0.0        # share of each batch with one fixed label permutation (paper: 0.9)
 
 # Model
@@ -98,7 +98,7 @@ CELL_SIZE = 8                # vsml: state of each of its many tiny LSTMs
 # Meta-training
 OPTIMIZER = "muon"           # muon (AdamW for what is not a hidden matrix) or adamw
 BATCH_SIZE = 32              # sequences per step
-STEPS = 3000                 # updates in all
+STEPS = 2000                 # updates in all
 LEARNING_RATE = 5e-3         # peak rate
 WARMUP_STEPS = 50            # rate rises from zero over so many steps
 DECAY_FRACTION = 0.4         # rate falls linearly to zero over the last so much of the steps
@@ -136,10 +136,10 @@ PRESETS = {
     "quick": dict(STEPS=600, ROW_EVERY=100, AVERAGED_PASSES=0),
     "large": dict(MODEL_SIZE=256, NUM_LAYERS=12, NUM_HEADS=8, MLP_SIZE=1024, BATCH_SIZE=64,
                   STEPS=8000, LEARNING_RATE=3e-3),
-    "paper": dict(IMAGE_SIZE=32, NUM_TASKS=2**25, PROJECTION_SIZE=3072, BIASED_FRACTION=0.9,
-                  TOKEN_FORMAT="paper", GUIDED_START=False, OUTPUT_STD=1.0, MODEL_SIZE=256,
-                  NUM_LAYERS=4, NUM_HEADS=8, MLP_SIZE=1024, OPTIMIZER="adamw", BATCH_SIZE=128,
-                  STEPS=2**18, LEARNING_RATE=3e-4, ADAM_BETA2=0.999),
+    "paper": dict(IMAGE_SIZE=32, NUM_TASKS=2**25, BIASED_FRACTION=0.9, TOKEN_FORMAT="paper",
+                  GUIDED_START=False, OUTPUT_STD=1.0, MODEL_SIZE=256, NUM_LAYERS=4, NUM_HEADS=8,
+                  MLP_SIZE=1024, OPTIMIZER="adamw", BATCH_SIZE=128, STEPS=2**18,
+                  LEARNING_RATE=3e-4, ADAM_BETA2=0.999),
 }
 # What a command reads besides them; "evaluate" takes all else from the checkpoint.
 COMMANDS = {
@@ -240,12 +240,32 @@ def project_afresh(coordinates, settings, generator):
     """Return (B, T, P): the images with these coordinates under a fresh A for each sequence.
 
     A is drawn only where the images look. For A_ij ~ N(0, 1/N), each row of A gives T numbers whose
-    covariance is X X'/N. So are those of `coordinates` times normal numbers: n of them in place of
-    N, and exactly the same distribution.
+    covariance is X X'/N. So do `coordinates` times a matrix G (n, P) of normal numbers: n rows in
+    place of N, and the same distribution. A wide G is made of few numbers: G = L Q, where L is
+    lower triangular, with chi-distributed numbers above normal ones (Bartlett 1933), and Q has
+    orthonormal rows in random directions. L is each sequence's own; Q is one for all of them, with
+    random signs of its columns that tell them apart.
     """
-    noise = torch.randn(len(coordinates), coordinates.shape[2], settings.PROJECTION_SIZE,
-                        generator=generator, device=coordinates.device)
-    return coordinates @ noise
+    (B, _, n), P = coordinates.shape, settings.PROJECTION_SIZE
+    normal = functools.partial(torch.randn, generator=generator, device=coordinates.device)
+    if P < 8 * n:
+        return coordinates @ normal(B, n, P)
+    wide, lower = normal(n, P), normal(B, n, n)
+    freedom = P - torch.arange(n, device=wide.device)    # below: chi by Wilson and Hilferty (1931)
+    chi = (1 - 2 / (9 * freedom) + (2 / (9 * freedom))**0.5 * lower.diagonal(dim1=1, dim2=2))**1.5
+    lower = lower.tril(-1) + (freedom**0.5 * chi).diag_embed()
+    signs = 1 - 2 * torch.randint(2, (B, 1, P), generator=generator, device=wide.device)
+    return coordinates @ (lower @ inverse_root(wide @ wide.T)) @ wide * signs
+
+
+def inverse_root(matrix):
+    """Return matrix ^ -1/2 of one that is nearly a multiple of 1, by products (Newton, Schulz)."""
+    n, size = len(matrix), matrix.diagonal().mean()
+    y, z = matrix / size, torch.eye(n, device=matrix.device)
+    for _ in range(12):
+        step = 1.5 * torch.eye(n, device=matrix.device) - 0.5 * z @ y
+        y, z = y @ step, step @ z
+    return z / size**0.5
 
 
 def draw_images(dataset, n_sequences, length, generator):
@@ -2655,10 +2675,12 @@ EXPERIMENTS = {
         measure_table, report_table),
     "features": Experiment(
         "Few-shot classification of classes that nothing was trained on",
-        dict(STEPS=600, EVAL_SEQUENCES=1024), [{}], measure_features, report_features),
+        dict(PROJECTION_SIZE=784, STEPS=600, EVAL_SEQUENCES=1024), [{}], measure_features,
+        report_features),
     "algorithm": Experiment(
         "Which classical learner does the trained model act like?",
-        dict(STEPS=600, EVAL_SEQUENCES=1024), [{}], measure_algorithm, report_algorithm),
+        dict(PROJECTION_SIZE=784, STEPS=600, EVAL_SEQUENCES=1024), [{}], measure_algorithm,
+        report_algorithm),
 }
 
 

@@ -38,10 +38,40 @@ def test_fresh_projection_has_the_law_of_the_full_one():
     assert torch.allclose(torch.einsum("bip,bjp->ij", full, full) / 8000, expected, atol=0.08)
 
 
-def test_every_sequence_gets_a_projection_of_its_own(blobs, tiny):
+def test_wide_projection_has_the_law_of_normal_numbers():
+    """What is made of a triangle and a shared frame: outputs and inner products vary as they do
+    with a matrix of independent normal numbers, and two sequences of a batch have nothing in common.
+    """
+    generator = torch.Generator().manual_seed(0)
+    coordinates = torch.randn(1, 5, 5, generator=generator).tril().expand(20, -1, -1)
+    settings, K = gpicl.default_settings(PROJECTION_SIZE=40), (coordinates @ coordinates.mT)[0]
+    x = torch.stack([gpicl.project_afresh(coordinates, settings, generator) for _ in range(2000)])
+    for p, q in ((0, 0), (39, 39), (0, 1)):              # two of 40 outputs are independent
+        found = torch.einsum("abi,abj->ij", x[..., p], x[..., q]) / 40000
+        assert torch.allclose(found, K if p == q else 0 * K, atol=0.1 * K.max().item())
+    gram = (x @ x.mT / 40).flatten(0, 1)
+    variance = (K.diagonal()[:, None] * K.diagonal() + K**2) / 40        # of a Wishart matrix
+    assert torch.allclose(gram.mean(0), K, atol=0.02 * K.max().item())
+    assert torch.allclose(gram.var(0), variance, atol=0.05 * variance.max().item())
+    across = torch.einsum("aip,ajp->ij", x[:, 0], x[:, 1]) / x.shape[0] / 40
+    assert across.abs().max() < 0.05 * K.max()
+    fourth = (x[..., 0]**4).mean((0, 1)) / (x[..., 0]**2).mean((0, 1))**2
+    assert torch.allclose(fourth, torch.full((5,), 3.0), atol=0.3)       # of a normal number
+
+
+def test_inverse_root():
+    a = torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
+    root = gpicl.inverse_root(a @ a.T)
+    assert torch.allclose(root @ (a @ a.T) @ root, torch.eye(20), atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [32, 200])
+def test_every_sequence_gets_a_projection_of_its_own(blobs, tiny, size):
     coordinates = gpicl.span(blobs.x[:12].expand(2, -1, -1))
-    x = gpicl.project_afresh(coordinates, tiny(), torch.Generator().manual_seed(0))
+    settings = tiny(PROJECTION_SIZE=size)
+    x = gpicl.project_afresh(coordinates, settings, torch.Generator().manual_seed(0))
     assert not torch.allclose(x[0], x[1], atol=0.1)
+    assert not torch.allclose(x[0] @ x[0].mT, x[1] @ x[1].mT, atol=0.1)
 
 
 @pytest.mark.parametrize("length", [5, 12, 13, 40, 80])
