@@ -255,7 +255,8 @@ def project_afresh(coordinates, settings, generator):
     chi = (1 - 2 / (9 * freedom) + (2 / (9 * freedom))**0.5 * lower.diagonal(dim1=1, dim2=2))**1.5
     lower = lower.tril(-1) + (freedom**0.5 * chi).diag_embed()
     signs = 1 - 2 * torch.randint(2, (B, 1, P), generator=generator, device=wide.device)
-    return coordinates @ (lower @ inverse_root(wide @ wide.T)) @ wide * signs
+    x = coordinates @ (lower @ inverse_root(wide @ wide.T)) @ wide
+    return x.mul_(signs)                                 # in place: x is what takes the memory
 
 
 def inverse_root(matrix):
@@ -944,7 +945,7 @@ def predictions(model, dataset, n_sequences, settings, precision, num_tasks=0, l
             gram = (x @ x.mT).cpu()
             labels = [classical_labels(gram[:, :n + 1, :n + 1], y[:, :n]) for n in lengths]
             found |= {name: torch.stack([some[name] for some in labels], 1) for name in CLASSICAL}
-        parts.append((found, y, logits[:, -1].cpu()))
+        parts.append((found, y, logits[:, -1].cpu().clone()))
     found, y, last = zip(*parts)
     return ({name: torch.cat([part[name] for part in found]).numpy() for name in found[0]},
             torch.cat(y).numpy(), torch.cat(last))
