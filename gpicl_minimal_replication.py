@@ -913,11 +913,17 @@ def meta_test_key(dataset, start, settings):
     return "meta-test", dataset.name, start, *([settings.EVAL_SEED] if settings.EVAL_SEED else [])
 
 
+def starts_and_sizes(n_sequences, length):
+    """Return (first, number) of the batches that they are tested in: fewer where they are long."""
+    size = max(1, EVAL_BATCH * 100 // max(100, length))
+    return [(start, min(size, n_sequences - start)) for start in range(0, n_sequences, size)]
+
+
 def evaluation_batches(dataset, n_sequences, settings, num_tasks=0):
     """Yield x, y of fixed meta-test sequences: the same whatever SEED and training were."""
-    for start in range(0, n_sequences, EVAL_BATCH):
-        yield draw_sequences(dataset, min(EVAL_BATCH, n_sequences - start), settings,
-                             meta_test_key(dataset, start, settings), num_tasks)
+    for start, n in starts_and_sizes(n_sequences, settings.NUM_EXAMPLES):
+        yield draw_sequences(dataset, n, settings, meta_test_key(dataset, start, settings),
+                             num_tasks)
 
 
 def classical_labels(gram, y):
@@ -971,8 +977,8 @@ def count_averaged_hits(model, dataset, n_sequences, settings, precision):
     it sees more of each image than a single pass or a classical learner: a result of its own kind.
     """
     hits, T, device = 0, settings.NUM_EXAMPLES, dataset.x.device
-    for start in range(0, n_sequences, EVAL_BATCH):
-        n, key = min(EVAL_BATCH, n_sequences - start), meta_test_key(dataset, start, settings)
+    for start, n in starts_and_sizes(n_sequences, T):
+        key = meta_test_key(dataset, start, settings)
         chosen = draw_images(dataset, n, T, stream(device, *key))
         coordinates, y = span(dataset.x[chosen]), dataset.y[chosen]
         total = torch.zeros(n, C, device=device)
@@ -2538,9 +2544,9 @@ def measure_features(settings, data, precision):
     model, rows, n = trained(settings, training, precision), [], settings.EVAL_SEQUENCES
     for (word, dataset), shots in itertools.product(inputs.items(), shots):
         hits = {}
-        for start in range(0, n, EVAL_BATCH):
-            x, y = draw_episodes(dataset, min(EVAL_BATCH, n - start), settings.WAYS, shots,
-                                 settings, ("episodes", settings.EVAL_SEED, shots, start))
+        for start, size in starts_and_sizes(n, settings.WAYS * shots):
+            x, y = draw_episodes(dataset, size, settings.WAYS, shots, settings,
+                                 ("episodes", settings.EVAL_SEED, shots, start))
             for learner, labels in last_predictions(model, x, y, precision).items():
                 hits[learner] = hits.get(learner, 0) + (labels == y[:, -1].cpu()).sum().item()
         rows += [dict(input=word, ways=settings.WAYS, shots=shots, learner=learner,
