@@ -915,7 +915,7 @@ def meta_test_key(dataset, start, settings):
 
 def starts_and_sizes(n_sequences, length):
     """Return (first, number) of the batches that they are tested in: fewer where they are long."""
-    size = max(1, EVAL_BATCH * 100 // max(100, length))
+    size = max(1, EVAL_BATCH * 400 // max(400, length))
     return [(start, min(size, n_sequences - start)) for start in range(0, n_sequences, size)]
 
 
