@@ -261,10 +261,10 @@ def project_afresh(coordinates, settings, generator):
 
 def inverse_root(matrix):
     """Return matrix ^ -1/2 of one that is nearly a multiple of 1, by products (Newton, Schulz)."""
-    n, size = len(matrix), matrix.diagonal().mean()
-    y, z = matrix / size, torch.eye(n, device=matrix.device)
+    one, size = torch.eye(len(matrix), device=matrix.device), matrix.diagonal().mean()
+    y, z = matrix / size, one
     for _ in range(12):
-        step = 1.5 * torch.eye(n, device=matrix.device) - 0.5 * z @ y
+        step = 1.5 * one - 0.5 * z @ y
         y, z = y @ step, step @ z
     return z / size**0.5
 
@@ -931,7 +931,8 @@ def classical_labels(gram, y):
 
     gram (B, n + 1, n + 1) holds the products of all, on the CPU, where linear algebra is at home.
     """
-    targets, missing = F.one_hot(y, C).float(), F.one_hot(y, C).sum(1) == 0
+    targets = F.one_hot(y, C).float()
+    missing = targets.sum(1) == 0
     return {name: learner(gram, targets)[:, 0].masked_fill(missing, -math.inf).argmax(-1)
             for name, learner in CLASSICAL.items()}
 
@@ -951,7 +952,7 @@ def predictions(model, dataset, n_sequences, settings, precision, num_tasks=0, l
             gram = (x @ x.mT).cpu()
             labels = [classical_labels(gram[:, :n + 1, :n + 1], y[:, :n]) for n in lengths]
             found |= {name: torch.stack([some[name] for some in labels], 1) for name in CLASSICAL}
-        parts.append((found, y, logits[:, -1].cpu().clone()))
+        parts.append((found, y, logits[:, -1].cpu().clone()))      # no view of all of them
     found, y, last = zip(*parts)
     return ({name: torch.cat([part[name] for part in found]).numpy() for name in found[0]},
             torch.cat(y).numpy(), torch.cat(last))
