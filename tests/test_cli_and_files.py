@@ -207,7 +207,7 @@ def test_rows_of_different_widths_are_projected_to_one(tiny_flags, tmp_path, blo
 
 # ----------------------------------------------------------------------- run folder, checkpoints
 def test_output_files(tiny_flags, tmp_path, capsys, blobs_file):
-    assert gpicl.main(tiny_flags(NUM_TASKS="2**3")) == 0
+    assert gpicl.main(tiny_flags(NUM_TASKS="2**3", AVERAGED_PASSES=2)) == 0
     output = capsys.readouterr().out
     folder = next((tmp_path / "runs").iterdir())
     assert folder.name.startswith("blobs-default-") and "DEVICE=cpu" in folder.name
@@ -216,6 +216,7 @@ def test_output_files(tiny_flags, tmp_path, capsys, blobs_file):
     assert results["settings"]["NUM_TASKS"] == 8 and results["steps"] == 6
     for key in ("versions", "machine", "device", "training_seconds", "total_seconds"):
         assert results[key]
+    assert 1e8 < results["peak_memory_bytes"] < 1e11
     curve = results["data_sets"]["blobs"]["curves"]["Transformer"]
     assert len(curve["accuracy"]) == 12 and curve["sequences"] == 64
     rows = list(csv.DictReader((folder / "curves.csv").open()))

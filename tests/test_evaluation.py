@@ -69,7 +69,7 @@ def test_sgd_matches_autograd_on_explicit_weights(problems):
 
 
 def test_all_learners_see_the_same_sequences_and_curves_add_up(blobs, tiny):
-    settings = tiny(EVAL_SEQUENCES=100)
+    settings = tiny(EVAL_SEQUENCES=100, AVERAGED_PASSES=8)
     model = gpicl.InContextModel(settings)
     curves, _ = gpicl.evaluate(model, blobs, settings, "fp32")
     assert set(curves) == {"Transformer", *gpicl.CLASSICAL, "mean of 8 passes"}
@@ -99,7 +99,7 @@ class Neighbour(torch.nn.Module):
 
 def test_averaging_undoes_its_permutations_and_beats_one_noisy_pass(blobs, tiny):
     """With few outputs one projection is noisy; the mean over several must win clearly."""
-    settings = tiny(EVAL_SEQUENCES=400, PROJECTION_SIZE=6)
+    settings = tiny(EVAL_SEQUENCES=400, PROJECTION_SIZE=6, AVERAGED_PASSES=8)
     single = gpicl.count_hits(Neighbour(), blobs, 400, settings, "fp32")[0]["Transformer"][-1]
     one, eight = (gpicl.count_averaged_hits(
         Neighbour(), blobs, 400, tiny(PROJECTION_SIZE=6, AVERAGED_PASSES=n), "fp32")

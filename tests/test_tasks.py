@@ -59,6 +59,16 @@ def test_wide_projection_has_the_law_of_normal_numbers():
     assert torch.allclose(fourth, torch.full((5,), 3.0), atol=0.3)       # of a normal number
 
 
+def test_wide_projection_in_bf16_differs_by_its_rounding():
+    coordinates = gpicl.span(torch.randn(2, 10, 50, generator=torch.Generator().manual_seed(0)))
+    full, short = (gpicl.project_afresh(
+        coordinates, gpicl.default_settings(PROJECTION_SIZE=800), torch.Generator().manual_seed(0),
+        precision) for precision in ("fp32", "bf16"))
+    assert full.dtype == torch.float32 and short.dtype == torch.bfloat16
+    assert (full - short.float()).norm() < 0.01 * full.norm()
+    assert torch.allclose(*(a.float() @ a.float().mT / 800 for a in (full, short)), atol=0.02)
+
+
 def test_inverse_root():
     a = torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
     root = gpicl.inverse_root(a @ a.T)
