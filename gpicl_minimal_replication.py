@@ -98,7 +98,7 @@ CELL_SIZE = 8                # vsml: state of each of its many tiny LSTMs
 # Meta-training
 OPTIMIZER = "muon"           # muon (AdamW for what is not a hidden matrix) or adamw
 BATCH_SIZE = 32              # sequences per step
-STEPS = 2500                 # updates in all
+STEPS = 1500                 # updates in all
 LEARNING_RATE = 5e-3         # peak rate
 WARMUP_STEPS = 50            # rate rises from zero over so many steps
 DECAY_FRACTION = 0.4         # rate falls linearly to zero over the last so much of the steps
