@@ -161,6 +161,7 @@ MAX_CONTEXT = 2000                                   # of more examples, each pa
 OFFSET = 3.0                                         # constant feature, where the others have std 1
 MIXTURE_SCALE = 10.0                                 # makes Adam's steps fit the image mixtures
 FORMAT = "gpicl-1"                                   # of checkpoints
+DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)
 CHOICES = dict(DEVICE=("auto", "cuda", "mps", "cpu"), PRECISION=("auto", "bf16", "fp32"),
                TOKEN_FORMAT=("pairs", "paper"), OPTIMIZER=("muon", "adamw"), ARCHITECTURE=(
                    "transformer", "lstm", "outer_lstm", "deltanet", "mlp", "vsml", "vsml_free",
@@ -257,9 +258,8 @@ def project_afresh(coordinates, settings, generator, precision="fp32"):
     chi = (1 - 2 / (9 * freedom) + (2 / (9 * freedom))**0.5 * lower.diagonal(dim1=1, dim2=2))**1.5
     lower = lower.tril(-1) + (freedom**0.5 * chi).diag_embed()
     signs = 1 - 2 * torch.randint(2, (B, 1, P), generator=generator, device=wide.device)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    frame = (inverse_root(wide @ wide.T) @ wide).to(dtype)
-    x = (coordinates @ lower).to(dtype) @ frame
+    frame = (inverse_root(wide @ wide.T) @ wide).to(DTYPES[precision])
+    x = (coordinates @ lower).to(frame.dtype) @ frame
     return x.mul_(signs)                                 # in place: x is what takes the memory
 
 
@@ -1822,8 +1822,7 @@ def flops(model, x, y):
 
 def matmul_rate(device, precision, size=2048):
     """Return the FLOP/s of large square matrix products: the best of ten, for comparison."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, best = torch.randn(size, size, device=device).to(dtype), math.inf
+    a, best = torch.randn(size, size, device=device).to(DTYPES[precision]), math.inf
     for _ in range(10):
         synchronize(device)
         began = time.perf_counter()
@@ -2904,7 +2903,6 @@ def main(arguments):
         print(help_text())
         return 0
     socket.setdefaulttimeout(20)                         # for downloads from a silent network
-    signal.signal(signal.SIGTERM, signal.default_int_handler)          # a kill is as Ctrl-C
     keep_freed_memory()
     try:
         word, settings, flags = read_settings(arguments)
@@ -2927,4 +2925,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)          # a kill is as Ctrl-C
     sys.exit(main(sys.argv[1:]))
