@@ -2026,7 +2026,7 @@ def curves(rows, panel, x, y, by, title, unit=100, digits=1):
         mean, half = unit * np.array(found).T
         table.append([str(kind), *(
             "-" if math.isnan(m) else f"{m:.{digits}f}" if math.isnan(h) else
-            f"{m:.{digits}f} ±{h:{digits + 3}.{digits}f}" for m, h in zip(mean, half))])
+            f"{m:.{digits}f} ±{h:{digits + 2}.{digits}f}" for m, h in zip(mean, half))])
         if panel:
             there = ~np.isnan(mean)
             places = np.array(marks) if numeric else np.arange(len(marks)) + 0.08 * color
@@ -2271,7 +2271,7 @@ PLATEAU_FACTORS = {
     "tasks": {**{f"2**{k}": dict(NUM_TASKS=2**k) for k in (6, 8, 10, 12, 14, 16)},
               "fresh": dict(NUM_TASKS=0)},
     "optimiser": {"Muon": dict(OPTIMIZER="muon"), **{
-        f"AdamW, {e:g}": dict(OPTIMIZER="adamw", ADAM_EPSILON=e)
+        f"AdamW, {e:g}": dict(OPTIMIZER="adamw", LEARNING_RATE=1e-3, ADAM_EPSILON=e)
         for e in (1e-12, 1e-8, 1e-5, 1e-3)}},
     "share with one label permutation": {
         str(share): dict(BIASED_FRACTION=share) for share in (0.0, 0.5, 0.9)},
@@ -2282,8 +2282,9 @@ PLATEAU_FACTORS = {
               "paper's": dict(TOKEN_FORMAT="paper", GUIDED_START=False),
               "paper's, looking back": dict(TOKEN_FORMAT="paper", GUIDED_START=True)},
 }
-PLATEAU_BASE = dict(BATCH_SIZE=64, NUM_TASKS=0, OPTIMIZER="muon", ADAM_EPSILON=1e-8,
-                    BIASED_FRACTION=0.0, GUIDED_START=False, OUTPUT_STD=1.0, TOKEN_FORMAT="pairs")
+PLATEAU_BASE = dict(BATCH_SIZE=64, NUM_TASKS=0, OPTIMIZER="muon", LEARNING_RATE=3e-3,
+                    ADAM_EPSILON=1e-8, BIASED_FRACTION=0.0, GUIDED_START=False, OUTPUT_STD=1.0,
+                    TOKEN_FORMAT="pairs")
 
 
 def plateau_length(steps, losses, drop=0.1):
