@@ -1863,9 +1863,9 @@ def make_folder(folder, setting="OUT_DIR"):
 
 
 def log_to(path, silent=False):
-    """Return a function that prints text beside the progress bar and keeps it in a file."""
-    def log(text):
-        if not silent:
+    """Return a function that prints texts beside the progress bar and keeps them in a file."""
+    def log(*texts):
+        for text in () if silent else texts:
             with tqdm.external_write_mode(), open(path, "a", encoding="utf-8") as file:
                 print(text, flush=True)
                 file.write(text + "\n")
@@ -2137,8 +2137,7 @@ def sweep(name, settings, flags):
     results = make_folder(Path(settings.RESULTS_DIR), "RESULTS_DIR")
     log = log_to(folder / "log.txt")
     threads = torch.get_num_threads()
-    for notice in notices:
-        log(notice)
+    log(*notices)
     done = read_runs(folder / "runs.jsonl")
     todo = [run for run in runs if json.dumps(run) not in done]
     workers = min(settings.WORKERS or (threads if device.type == "cpu" else 1), max(1, len(todo)))
@@ -2781,8 +2780,7 @@ def run(preset, settings):
         training, validation, tests, notices = load_all(settings, device)
         folder = run_folder(settings, preset, training.name)
     log = log_to(folder / "log.txt", silent=rank > 0)
-    for notice in notices:
-        log(notice)
+    log(*notices)
     torch.manual_seed(settings.SEED)
     model = make_model(settings).to(device)
     data = [("meta-training", training), ("validation", validation)] + [
@@ -2853,8 +2851,7 @@ def evaluate_checkpoint(settings, flags):
     key = digest(path.resolve(), sorted(vars(settings).items()))
     folder = make_folder(Path(settings.OUT_DIR, f"{plain('evaluation-' + '-'.join(tests))}-{key}"))
     log = log_to(folder / "log.txt")
-    for notice in notices:
-        log(notice)
+    log(*notices)
     log(f"Device      {device.type} ({why}), {precision}\n"
         f"Model       {path}, meta-trained on {name}\n"
         f"Data        {', '.join(tests)}\nRun folder  {folder}")
@@ -2900,12 +2897,12 @@ def classify(settings):
 
 def main(arguments):
     """Run a command line; return the exit code."""
-    if {"-h", "--help"} & set(arguments):
-        print(help_text())
-        return 0
     socket.setdefaulttimeout(20)                         # for downloads from a silent network
     keep_freed_memory()
     try:
+        if {"-h", "--help"} & set(arguments):
+            print(help_text(), flush=True)
+            return 0
         word, settings, flags = read_settings(arguments)
         if word == "evaluate":
             evaluate_checkpoint(settings, flags)
@@ -2922,6 +2919,9 @@ def main(arguments):
     except KeyboardInterrupt as stopped:
         print(str(stopped) or "Stopped; run the same command again to go on.")
         return 130
+    except BrokenPipeError:                              # the reader has left, as of --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
 
 

@@ -77,6 +77,16 @@ def test_help_shows_every_setting_and_preset_with_its_comment(capsys):
     assert all(preset in text for preset in gpicl.PRESETS)
 
 
+def test_a_reader_who_leaves_gets_no_traceback():
+    """As `--help | head` does: here the reading end is closed before anything is written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, SCRIPT, "--help"], stdout=writing,
+                          stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.stderr == "" and done.returncode == 141
+
+
 def test_every_constant_at_the_top_is_a_setting_with_a_comment():
     source = SCRIPT.read_text()
     block = source[source.index("- settings\n"):source.index("PRESETS = {")]
