@@ -13,7 +13,7 @@ a gradient step, on tasks and on whole data sets that it has never seen.
 
     python gpicl_minimal_replication.py                      meta-train on MNIST, test, plot
     python gpicl_minimal_replication.py quick                the same in about two minutes
-    python gpicl_minimal_replication.py --SEED=3 --NUM_TASKS=2**16     any setting, by its own name
+    python gpicl_minimal_replication.py --SEED=3 --BATCH_SIZE=2**6     any setting, by its own name
     python gpicl_minimal_replication.py evaluate ...         the curves of a trained model, any data
     python gpicl_minimal_replication.py classify ...         label the rows of a file by another's
     python gpicl_minimal_replication.py phases ...           the paper's other experiments, one each
@@ -2036,12 +2036,12 @@ def curves(rows, panel, x, y, by, title, unit=100, digits=1):
         panel.set(title=title, xlabel=x)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
-        if numeric:
-            panel.set_xscale("log")
-        else:
-            panel.set_xticks(range(len(marks)), marks, fontsize=8)
+        panel.set_xscale("log" if numeric else "linear")
+        if len(marks) < 10:
+            panel.set_xticks(marks if numeric else range(len(marks)), marks, fontsize=8)
+            panel.minorticks_off()
     label = max(len(kind) for kind, *_ in table)
-    width = 2 + max(len(word) for _, *words in table for word in words)
+    width = 1 + max(len(word) for _, *words in table for word in words)
     return ["", f"{title}, by {x}", *(kind.ljust(label) + "".join(
         word.rjust(width) for word in words) for kind, *words in table)]
 
@@ -2389,12 +2389,12 @@ def rank_correlation(x, y):
 
 def report_architectures(rows, figure):
     """Two panels, accuracy against state and against parameters, with rank correlations."""
-    figure.set_size_inches(13, 5)
+    figure.set_size_inches(15, 5)
     first, lines, models = rows[0]["tested_on"], [], {}
     for row in rows:
         models.setdefault((row["ARCHITECTURE"], row["state"], row["parameters"]), []).append(row)
     for (architecture, state, parameters), mine in models.items():
-        line = f"{architecture:13}{state:9,} numbers of state{parameters:11,} parameters"
+        line = f"{architecture:13}{state:9,} state{parameters:11,} parameters"
         for kind in values_of(mine, "tested_on"):
             mean, half = summary(select(mine, tested_on=kind), "accuracy")
             more = "" if math.isnan(half) else f" ±{100 * half:4.1f}"
