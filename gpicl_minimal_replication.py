@@ -2037,7 +2037,7 @@ def curves(rows, panel, x, y, by, title, unit=100, digits=1):
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
         panel.set_xscale("log" if numeric else "linear")
-        if len(marks) < 10:
+        if len(marks) < 10 or not numeric:               # more numbers would overlap
             panel.set_xticks(marks if numeric else range(len(marks)), marks, fontsize=8)
             panel.minorticks_off()
     label = max(len(kind) for kind, *_ in table)
@@ -2851,8 +2851,7 @@ def evaluate_checkpoint(settings, flags):
     key = digest(path.resolve(), sorted(vars(settings).items()))
     folder = make_folder(Path(settings.OUT_DIR, f"{plain('evaluation-' + '-'.join(tests))}-{key}"))
     log = log_to(folder / "log.txt")
-    log(*notices)
-    log(f"Device      {device.type} ({why}), {precision}\n"
+    log(*notices, f"Device      {device.type} ({why}), {precision}\n"
         f"Model       {path}, meta-trained on {name}\n"
         f"Data        {', '.join(tests)}\nRun folder  {folder}")
     test_and_report(model, tests, settings, precision, folder, log, began,
@@ -2899,10 +2898,10 @@ def main(arguments):
     """Run a command line; return the exit code."""
     socket.setdefaulttimeout(20)                         # for downloads from a silent network
     keep_freed_memory()
+    if {"-h", "--help"} & set(arguments):
+        print(help_text(), flush=True)
+        return 0
     try:
-        if {"-h", "--help"} & set(arguments):
-            print(help_text(), flush=True)
-            return 0
         word, settings, flags = read_settings(arguments)
         if word == "evaluate":
             evaluate_checkpoint(settings, flags)
@@ -2919,12 +2918,13 @@ def main(arguments):
     except KeyboardInterrupt as stopped:
         print(str(stopped) or "Stopped; run the same command again to go on.")
         return 130
-    except BrokenPipeError:                              # the reader has left, as of --help | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     return 0
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)          # a kill is as Ctrl-C
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except BrokenPipeError:                              # the reader has left, as of --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

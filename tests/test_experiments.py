@@ -166,6 +166,13 @@ def test_power_law_finds_the_exponent_and_its_interval():
     assert 175 < inside < 200
 
 
+def test_every_name_has_its_tick_however_many_there_are():
+    from matplotlib.figure import Figure
+    names, panel = list("abcdefghijkl"), Figure().subplots()
+    gpicl.curves([dict(x=name, y=1.0, by="a") for name in names], panel, "x", "y", "by", "title")
+    assert [label.get_text() for label in panel.get_xticklabels()] == names
+
+
 def test_plateau_ends_where_the_loss_leaves_for_good():
     guess, steps = math.log(10), [10, 20, 30, 40, 50]
     assert gpicl.plateau_length(steps, [guess, guess, 2.1, 2.0, 1.9]) == 30
