@@ -141,7 +141,7 @@ PRESETS = {
                   MLP_SIZE=1024, OPTIMIZER="adamw", BATCH_SIZE=128, STEPS=2**18,
                   LEARNING_RATE=3e-4, ADAM_BETA2=0.999),
 }
-# What a command reads besides them; "evaluate" takes all else from the checkpoint.
+# What these commands read; "evaluate" takes all else from the checkpoint.
 COMMANDS = {
     "evaluate": ("CHECKPOINT", "EVAL_DATASETS", "EVAL_SEQUENCES", "EVAL_SEED", "AVERAGED_PASSES",
                  "NUM_EXAMPLES", "IMAGE_SIZE", "DEVICE", "PRECISION", "DATA_DIR", "OUT_DIR"),
@@ -401,10 +401,9 @@ class Attention(nn.Module):
             math.log(2), math.log(settings.ATTENTION_SCALE), self.heads))
         self.mixture = self.glance = self.back = None
         if compares_images(settings):
-            start = torch.zeros(self.heads, 4)
+            start = torch.zeros(self.heads, 4)           # to hold sharpnesses of 8 ... 32
             for head in range(self.heads):
-                kind = 0 if first or head % 2 == 0 else 1
-                start[head, kind] = 8 * 4 ** (head / max(1, self.heads - 1))      # 8 ... 32
+                start[head, 0 if first else head % 2] = 8 * 4 ** (head / max(1, self.heads - 1))
             self.mixture = nn.Parameter(start / MIXTURE_SCALE)
         elif settings.GUIDED_START and first and settings.TOKEN_FORMAT == "paper":
             self.back = nn.Parameter(torch.full((self.heads, 1, 1, 1), 10.0))
@@ -815,7 +814,7 @@ def meta_train(model, dataset, validation, settings, folder, precision, log):
         step=0, seconds=0.0, drawing_seconds=0.0, rows=[])
     if progress["step"]:
         log(f"Continuing after step {progress['step']} of {path}")
-    log("\n".join(progress_table(progress["rows"], settings)))
+    log(*progress_table(progress["rows"], settings))
     learner = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     saved_at = time.time()
     bar = tqdm(total=settings.STEPS, initial=progress["step"], unit="step", smoothing=0.05,
@@ -1010,7 +1009,7 @@ def evaluate(model, dataset, settings, precision, num_tasks=0):
     its 95 % interval low, high.
     """
     n, lengths = settings.EVAL_SEQUENCES, context_lengths(settings)[1:]
-    hits, *last = count_hits(model, dataset, n, settings, precision, num_tasks, lengths)
+    hits, logits, y = count_hits(model, dataset, n, settings, precision, num_tasks, lengths)
     found = {name: (range(len(counts)) if name == "Transformer" else lengths, counts)
              for name, counts in hits.items()}
     if settings.AVERAGED_PASSES and not num_tasks:
@@ -1021,7 +1020,9 @@ def evaluate(model, dataset, settings, precision, num_tasks=0):
         low, high = interval(hits, n)
         curves[name] = dict(examples=list(examples), accuracy=(hits / n).tolist(),
                             low=low.tolist(), high=high.tolist(), sequences=n)
-    return curves, calibration(model, *last)
+    tempered = logits / model.temperature.cpu()
+    return curves, dict(raw=calibration_error(logits.softmax(1), y),
+                        fitted=calibration_error(tempered.softmax(1), y))
 
 
 def fit_temperature(model, validation, settings, precision):
@@ -1040,12 +1041,6 @@ def calibration_error(probabilities, y, bins=15):
     gap = torch.zeros(bins).index_add(
         0, (confidence * bins).long().clamp(max=bins - 1), confidence - (predicted == y).float())
     return (gap.abs().sum() / len(y)).item()
-
-
-def calibration(model, logits, y):
-    """Return the calibration error, raw and with the temperature, of logits (n, C), labels (n,)."""
-    return dict(raw=calibration_error(logits.softmax(1), y),
-                fitted=calibration_error((logits / model.temperature.cpu()).softmax(1), y))
 
 
 def context_lengths(settings):
@@ -1403,9 +1398,9 @@ def npz_arrays(path, labels=True):
 
 
 def number(text):
-    """Return the text as a number, None if it is none."""
+    """Return the text as a number, None if it is none: neither words nor 1_000."""
     try:
-        return float(text)
+        return None if "_" in text else float(text)
     except ValueError:
         return None
 
@@ -1470,7 +1465,10 @@ def read_examples(path, label_column, features=None):
     """Return x, labels and feature names of a .csv or .npz file; None for what it lacks."""
     if not str(path).endswith(".npz"):
         return read_csv(path, label_column, features)
-    return *npz_arrays(path, labels=features is None), None
+    x, y = npz_arrays(path, labels=features is None)
+    if y is not None and y.dtype.kind == "f" and (y % 1 == 0).all():
+        y = y.astype(np.int64)                           # 1.0 and 1 are one class, as in a .csv
+    return x, y, None
 
 
 def load_dataset(name, split, settings, device):
@@ -1694,9 +1692,6 @@ def check_settings(s):
                         "of examples such as 1,5.")
     if s.NUM_EXAMPLES < 2:
         raise UserError("NUM_EXAMPLES=1 leaves nothing to learn from; expected 2 or more.")
-    if s.VALIDATION_IMAGES < s.NUM_EXAMPLES:
-        raise UserError(f"VALIDATION_IMAGES={s.VALIDATION_IMAGES} is less than one sequence of "
-                        f"NUM_EXAMPLES={s.NUM_EXAMPLES}.")
 
 
 # ----------------------------------------------------------------------- plumbing: device, folder
@@ -1741,7 +1736,7 @@ def joined_processes(settings):
 def first_process_first():
     """Let the first process do something before the others do it."""
     rank, world = processes()
-    if world > 1 and rank:
+    if rank:
         torch.distributed.barrier()
     yield
     if world > 1 and not rank:
@@ -1787,7 +1782,7 @@ def machine(device):
     return ", ".join(words + ([torch.cuda.get_device_name()] if device.type == "cuda" else []))
 
 
-def surroundings(device, precision):
+def provenance(device, precision):
     """Return what a record says of where its numbers were made."""
     return dict(device=device.type, precision=precision, machine=machine(device), versions=dict(
         python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
@@ -1832,23 +1827,11 @@ def matmul_rate(device, precision, size=2048):
     return 2 * size**3 / best
 
 
-def run_folder(settings, preset, train_name):
-    """Make and return the folder of these settings: a readable name, and a hash of them all."""
-    base = {**vars(default_settings()), **PRESETS[preset]}
-    words = [f"{k}={v}" for k, v in identity(vars(settings)).items() if v != base[k]]
-    key = digest(train_name, sorted(identity(vars(settings)).items()))
-    name = "-".join([train_name, preset, *words])
-    return make_folder(Path(settings.OUT_DIR, f"{plain(name)}-{key}"))
-
-
-def digest(*key):
-    """Return six characters that depend on nothing but `key`."""
-    return hashlib.blake2b(repr(key).encode(), digest_size=3).hexdigest()
-
-
-def plain(name):
-    """Return a name that every file system takes, of 100 characters at most."""
-    return re.sub("[^A-Za-z0-9.=_-]", "_", name[:100])
+def run_folder(settings, name, *key):
+    """Make and return a run's folder: its name, for any file system, and a hash of `key`."""
+    name = re.sub("[^A-Za-z0-9.=_-]", "_", name[:100])
+    key = hashlib.blake2b(repr(key).encode(), digest_size=3).hexdigest()
+    return make_folder(Path(settings.OUT_DIR, f"{name}-{key}"))
 
 
 def make_folder(folder, setting="OUT_DIR"):
@@ -1913,14 +1896,6 @@ def write_csv(path, rows):
     """Write lists of cells to a .csv file, which is never half written."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
-
-
-def curve_rows(results):
-    """Return all curves as the rows of a .csv file."""
-    return [["data_set", "learner", "examples", "accuracy", "low", "high"]] + [
-        [name, learner, *point] for name, entry in results["data_sets"].items()
-        for learner, curve in entry["curves"].items() for point in zip(
-            curve["examples"], curve["accuracy"], curve["low"], curve["high"])]
 
 
 def plot(path, results):
@@ -2132,8 +2107,8 @@ def sweep(name, settings, flags):
     varied = {key for run in runs for key in run}
     common = {key: value for key, value in vars(settings).items() if key not in {
         *varied, "SEED", "EVAL_SEED", "DATA_DIR", "OUT_DIR", "RESULTS_DIR", "SEEDS", "WORKERS"}}
-    key = digest(training.name, sorted(tests), device.type, precision, sorted(common.items()))
-    folder = make_folder(Path(settings.OUT_DIR, f"{name}-{key}"))
+    folder = run_folder(settings, name, training.name, sorted(tests), device.type, precision,
+                        sorted(common.items()))
     results = make_folder(Path(settings.RESULTS_DIR), "RESULTS_DIR")
     log = log_to(folder / "log.txt")
     threads = torch.get_num_threads()
@@ -2146,8 +2121,8 @@ def sweep(name, settings, flags):
         f"Device      {device.type} ({why}), {precision}; {machine(device)}\n"
         f"Data        {training.name}; tested on {', '.join(tests)}\nRun folder  {folder}")
     jobs = [(name, {**vars(settings), **run}, run, max(1, threads // workers)) for run in todo]
-    with worker_map(workers) as run_all, open(folder / "runs.jsonl", "a") as file:
-        for record in tqdm(run_all(one_run, jobs), total=len(jobs), unit="run", leave=False,
+    with run_all(jobs, workers) as made, open(folder / "runs.jsonl", "a") as file:
+        for record in tqdm(made, total=len(jobs), unit="run", leave=False,
                            disable=None if jobs else True):
             done[json.dumps(record["cell"])] = record
             file.write("\n" + json.dumps(record))        # first: a line cut short stays alone
@@ -2157,7 +2132,7 @@ def sweep(name, settings, flags):
     tell(name, rows, results, log, dict(
         experiment=name, runs=len(runs), settings=common,
         run_seconds=sum(record["seconds"] for record in records),
-        **surroundings(device, precision)))
+        **provenance(device, precision)))
 
 
 def tell(name, rows, folder, log, facts):
@@ -2172,7 +2147,7 @@ def tell(name, rows, folder, log, facts):
     write_csv(folder / f"{name}.csv", [columns, *(map(row.get, columns) for row in rows)])
     with replacing(folder / f"{name}.json") as temporary:
         temporary.write_text(json.dumps(dict(facts, table=lines), indent=1))
-    log("\n".join(["", *lines, "", f"Written: {folder / name}.csv, .json, .png"]))
+    log("", *lines, "", f"Written: {folder / name}.csv, .json, .png")
 
 
 def read_runs(path):
@@ -2186,20 +2161,16 @@ def read_runs(path):
 
 
 @contextlib.contextmanager
-def worker_map(workers):
-    """Yield a map over that many processes at once, which returns results as they come."""
+def run_all(jobs, workers):
+    """Yield the records of these runs as they come, of that many processes at once."""
     if workers < 2:
-        yield map
+        yield map(one_run, jobs)
         return
-
-    def run_all(function, jobs):
-        for future in futures.as_completed([pool.submit(function, job) for job in jobs]):
-            yield future.result()
-
     pool = futures.ProcessPoolExecutor(workers, torch.multiprocessing.get_context("spawn"),
                                        signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
-        yield run_all
+        tasks = [pool.submit(one_run, job) for job in jobs]
+        yield (task.result() for task in futures.as_completed(tasks))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("Stopped; the same command goes on with the runs that are left."
                                 ) from None
@@ -2237,11 +2208,9 @@ def measure_phases(settings, data, precision):
 
 def report_phases(rows, figure):
     """One row of panels for each kind of model: improvement by number of tasks, and accuracies."""
-    names = {("transformer", "paper"): "Transformer, paper's tokens",
+    kinds = {("transformer", "paper"): "Transformer, paper's tokens",
              ("transformer", "pairs"): "Transformer, sample-label pairs",
              ("mlp", "paper"): "MLP, which sees no context"}
-    kinds = {key: names.get(key, ", ".join(key)) for key in dict.fromkeys(
-        (row["ARCHITECTURE"], row["TOKEN_FORMAT"]) for row in rows)}
     figure.set_size_inches(16, 4 * len(kinds))
     grid, lines = figure.subplots(len(kinds), 3, squeeze=False), []
     for panels, ((architecture, token), label) in zip(grid, kinds.items()):
@@ -2291,8 +2260,8 @@ def plateau_length(steps, losses, drop=0.1):
 
     Left is: lower by `drop` nats, at the first of the given steps from which on it stays so.
     """
-    high = [i for i, loss in enumerate(losses) if not loss < math.log(C) - drop]
-    after = high[-1] + 1 if high else 0
+    high = [i for i, loss in enumerate(losses, 1) if not loss < math.log(C) - drop]
+    after = max(high, default=0)
     return steps[after] if after < len(steps) else None
 
 
@@ -2361,10 +2330,8 @@ def report_plateau(rows, figure):
 
 def power_law(x, y):
     """Return the exponent of y ~ x ** exponent and half of its 95 % interval, by least squares."""
-    x, y = np.log(x), np.log(y)
-    (slope, start), n = np.polyfit(x, y, 1), len(x)
-    error = ((y - slope * x - start)**2).sum() / (n - 2) / ((x - x.mean())**2).sum()
-    return slope, student(n - 2) * error**0.5
+    (slope, _), covariance = np.polyfit(np.log(x), np.log(y), 1, cov=True)
+    return slope, student(len(x) - 2) * covariance[0, 0]**0.5
 
 
 # architectures: is it the state that matters, or the parameters? (paper, figure on state size)
@@ -2380,10 +2347,8 @@ def measure_architectures(settings, data, precision):
 
 def rank_correlation(x, y):
     """Return Spearman's rank correlation of x and y; equal values share their mean rank."""
-    ranks = []
-    for values in (np.asarray(x), np.asarray(y)):
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((counts.cumsum() - (counts - 1) / 2)[inverse])
+    ranks = [(np.less.outer(v, v).sum(0) + np.less_equal.outer(v, v).sum(0) + 1) / 2
+             for v in (x, y)]
     return np.corrcoef(*ranks)[0, 1]
 
 
@@ -2422,13 +2387,12 @@ def measure_table(settings, data, precision):
     """
     training, _, tests = data
     model = trained(settings, training, precision)
-    names = {"transformer": "GPICL", "vsml_free": "VSML without symmetries"}
     method, n, rows = settings.ARCHITECTURE, settings.EVAL_SEQUENCES, []
     comparable = training.name == "MNIST" and settings.NUM_EXAMPLES == 100
     lengths = [settings.NUM_EXAMPLES - 1] if method == "transformer" else []
     for name, dataset in tests.items():
         hits, *_ = count_hits(model, dataset, n, settings, precision, lengths=lengths)
-        found = {names.get(method, method.upper()): hits["Transformer"][-1]}
+        found = {"GPICL" if method == "transformer" else method.upper(): hits["Transformer"][-1]}
         if lengths:
             found["SGD"] = hits["SGD (softmax)"][-1]
         rows += [dict(method=word, tested_on=name, accuracy=right / n,
@@ -2456,39 +2420,26 @@ def report_table(rows, figure):
 
 
 # features: few-shot learning on top of the features of another network (paper: of a ResNet)
-class ConvNet(nn.Module):
-    """A small convolutional network, trained as usual: source of features that are made here.
-
-    The features are the convolutions' outputs: those of the layer after know too little of classes
-    that the network was not trained on (results/recipe.md).
-    """
-
-    def __init__(self, classes, size):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
-        self.head = nn.Sequential(nn.Linear(32 * (size // 4)**2, 128), nn.ReLU(),
-                                  nn.Linear(128, classes))
-
-    def forward(self, x):
-        return self.head(self.body(x))
-
-
 def train_features(training, settings, steps=300):
-    """Return a ConvNet that was trained to tell the classes of `training` apart."""
+    """Return the convolutions of a network trained to tell the classes of `training` apart.
+
+    The layer after them knows too little of classes that it was not trained on (results/recipe.md).
+    """
     size, device = settings.IMAGE_SIZE, training.x.device
     torch.manual_seed(settings.SEED)
-    net = ConvNet(training.classes, size).to(device)
+    body = nn.Sequential(
+        nn.Unflatten(1, (1, size, size)), nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+    head = [nn.Linear(32 * (size // 4)**2, 128), nn.ReLU(), nn.Linear(128, training.classes)]
+    net = nn.Sequential(body, *head).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
     for step in range(steps):
         chosen = torch.randint(len(training.y), (128,), generator=stream(
             device, settings.SEED, "features", step), device=device)
-        F.cross_entropy(net(training.x[chosen].view(-1, 1, size, size)),
-                        training.y[chosen]).backward()
+        F.cross_entropy(net(training.x[chosen]), training.y[chosen]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return net
+    return body
 
 
 def draw_episodes(dataset, n_episodes, ways, shots, settings, key):
@@ -2527,17 +2478,15 @@ def measure_features(settings, data, precision):
         inputs[name] = as_dataset(name, *npz_arrays(settings.FEATURES_FILE), settings.IMAGE_SIZE,
                                   training.x.device, 10**6)
     else:
-        known, size = training.classes // 2, settings.IMAGE_SIZE
-        if training.x.shape[1] != size**2 or training.name not in tests:
+        known = training.classes // 2
+        if training.x.shape[1] != settings.IMAGE_SIZE**2 or training.name not in tests:
             raise UserError("without a FEATURES_FILE the features are made of grey images: train "
                             "and test on MNIST, FashionMNIST or the like.")
         few = training.y < known                         # nothing sees the other classes
         training = training._replace(x=training.x[few], y=training.y[few], classes=known)
-        net = train_features(training, settings)
-        test = tests[training.name]
+        body, test = train_features(training, settings), tests[training.name]
         images, y = test.x[test.y >= known], test.y[test.y >= known] - known
-        features = torch.cat([net.body(x.view(-1, 1, size, size)).detach()
-                              for x in images.split(500)])
+        features = torch.cat([body(x).detach() for x in images.split(500)])
         features = (features - features.mean()) / features.std()
         for word, x in (("pixels", images), ("features", features)):
             inputs[word] = Dataset(word, x, y, test.classes - known)
@@ -2567,7 +2516,7 @@ def last_predictions(model, x, y, precision):
 def report_features(rows, figure):
     """One panel for each kind of input: accuracy against shots."""
     kinds, lines = values_of(rows, "input"), []
-    figure.set_size_inches(max(6, 6 * len(kinds)), 4.6)
+    figure.set_size_inches(6 * len(kinds), 4.6)
     for panel, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds):
         lines += curves(select(rows, input=kind), panel, "shots", "accuracy", "learner",
                         f"{kind}: accuracy (%), {rows[0]['ways']} ways")
@@ -2595,29 +2544,25 @@ def measure_algorithm(settings, data, precision):
     are sequences whose query is of a class among two or more that were shown.
     """
     (training, _, tests), n, rows = data, settings.EVAL_SEQUENCES, []
-    lengths = [k for k in (10, 20, 50) if k < settings.NUM_EXAMPLES - 1]
-    lengths.append(settings.NUM_EXAMPLES - 1)
+    longest = settings.NUM_EXAMPLES - 1
+    lengths = [k for k in (10, 20, 50) if k < longest] + [longest]
     marks = [step for step in (1, 10, 30, 100, 300) if step < settings.STEPS] + [settings.STEPS]
     twin = trained(altered(settings, SEED=settings.SEED + 1000), training, precision)
     found = {name: predictions(twin, dataset, n, settings, precision, lengths=lengths)
              for name, dataset in tests.items()}
-
-    def compare(step, name, a, b, mine, theirs, y):
-        for i, k in enumerate(lengths):
-            shown = np.eye(C, dtype=bool)[y[:, :k]].any(1)
-            kept = shown[np.arange(len(y)), y[:, k]] & (shown.sum(1) > 1)
-            rows.append(dict(step=step, tested_on=name, examples=k, a=a, b=b, **agreement(
-                mine[kept, i], theirs[kept, i], y[kept, k], shown[kept].sum(1))))
-
     for known, *_ in found.values():
         known["same model, other seed"] = known.pop("Transformer")[:, lengths]
     for model, step in training_steps(settings, training, precision):
         for name, (known, y, _) in found.items() if step in marks else ():
             mine = predictions(model, tests[name], n, settings, precision)[0]["Transformer"]
             learners = {"in-context": mine[:, lengths], **known}
-            for a, b in itertools.combinations(learners, 2):
-                if a == "in-context" or step == settings.STEPS:
-                    compare(step, name, a, b, learners[a], learners[b], y)
+            pairs = [(a, b) for a, b in itertools.combinations(learners, 2)
+                     if a == "in-context" or step == settings.STEPS]
+            for (a, b), (i, k) in itertools.product(pairs, enumerate(lengths)):
+                shown = np.eye(C, dtype=bool)[y[:, :k]].any(1)
+                kept = shown[np.arange(len(y)), y[:, k]] & (shown.sum(1) > 1)
+                rows.append(dict(step=step, tested_on=name, examples=k, a=a, b=b, **agreement(
+                    learners[a][kept, i], learners[b][kept, i], y[kept, k], shown[kept].sum(1))))
     return rows
 
 
@@ -2696,6 +2641,9 @@ def load_all(settings, device):
 
     Where "auto" can't have MNIST, rendered digits take its place, and a notice says so.
     """
+    if settings.VALIDATION_IMAGES < settings.NUM_EXAMPLES:
+        raise UserError(f"VALIDATION_IMAGES={settings.VALIDATION_IMAGES} is less than one sequence "
+                        f"of NUM_EXAMPLES={settings.NUM_EXAMPLES}.")
     notices, name = [], "MNIST" if settings.TRAIN_DATASET == "auto" else settings.TRAIN_DATASET
     try:
         whole = load_dataset(name, "train", settings, device)
@@ -2719,11 +2667,10 @@ def load_all(settings, device):
 
 def load_tests(name, settings, device, notices):
     """Return the rows of the evaluation, {row: (Dataset, NUM_TASKS)}, after training on `name`."""
-    unseen = {"RenderedDigits": "RenderedLetters", "FashionMNIST": "MNIST"}
-    unseen = unseen.get(name, "FashionMNIST")
+    other = {"RenderedDigits": "RenderedLetters", "FashionMNIST": "MNIST"}.get(name, "FashionMNIST")
     wanted = [word.strip() for word in settings.EVAL_DATASETS.split(",") if word.strip()]
     if "auto" in wanted:
-        wanted = [name, f"{unseen}?", *(word for word in wanted if word != "auto")]
+        wanted = [name, f"{other}?", *(word for word in wanted if word != "auto")]
     tests = {}
     for word in wanted:
         word, optional = word.rstrip("?"), word.endswith("?")
@@ -2778,7 +2725,10 @@ def run(preset, settings):
     precision = choose_precision(settings.PRECISION, device)
     with first_process_first():                          # it downloads what the others then find
         training, validation, tests, notices = load_all(settings, device)
-        folder = run_folder(settings, preset, training.name)
+        chosen, base = identity(vars(settings)), {**vars(default_settings()), **PRESETS[preset]}
+        words = [f"{k}={v}" for k, v in chosen.items() if v != base[k]]
+        folder = run_folder(settings, "-".join([training.name, preset, *words]), training.name,
+                            sorted(chosen.items()))
     log = log_to(folder / "log.txt", silent=rank > 0)
     log(*notices)
     torch.manual_seed(settings.SEED)
@@ -2789,14 +2739,13 @@ def run(preset, settings):
 
     report, final = folder / "results.json", folder / "model.pt"
     if report.exists() and final.exists():
-        results = json.loads(report.read_text())
-        log("\n".join(result_table(results)))
-        log(f"\nThis run was finished before. To make it afresh, delete {folder}")
-        return results
+        log(*result_table(json.loads(report.read_text())),
+            f"\nThis run was finished before. To make it afresh, delete {folder}")
+        return
     progress = resume(final, settings, model) or meta_train(
         model, training, validation, settings, folder, precision, log)
     if rank:
-        return None                                      # the rest is the first process's work
+        return                                           # the rest is the first process's work
     fit_temperature(model, validation, settings, precision)
     save_checkpoint(final, settings, model, progress=progress, trained_on=training.name)
     for done in folder.glob("checkpoint*.pt"):           # and what a kill left half written
@@ -2804,13 +2753,13 @@ def run(preset, settings):
     with contextlib.suppress(shutil.SameFileError):      # it may be the copy that runs
         shutil.copyfile(__file__, folder / Path(__file__).name)
     fast = speed(model, training, settings, progress, precision, log)
-    return test_and_report(model, tests, settings, precision, folder, log, began, dict(
+    test_and_report(model, tests, settings, precision, folder, log, began, dict(
         trained_on=training.name, preset=preset, processes=processes()[1],
         steps=progress["step"], **fast, progress=progress["rows"]))
 
 
 def test_and_report(model, tests, settings, precision, folder, log, began, facts):
-    """Evaluate the model on all of `tests`, write the files of the run; return results.json."""
+    """Evaluate the model on all of `tests`; write the files of the run, print the table."""
     device, trained, data_sets = next(model.parameters()).device, time.time(), {}
     comparable = facts["trained_on"] == "MNIST" and settings.NUM_EXAMPLES == 100
     for row, (dataset, num_tasks) in tests.items():
@@ -2819,17 +2768,19 @@ def test_and_report(model, tests, settings, precision, folder, log, began, facts
                               paper=PAPER.get(row, {}) if comparable else {})
     results = dict(
         **facts, settings=vars(settings), data_sets=data_sets,
-        context_lengths=context_lengths(settings), **surroundings(device, precision),
+        context_lengths=context_lengths(settings), **provenance(device, precision),
         parameters=sum(p.numel() for p in model.parameters()),
         temperature=model.temperature.item(), evaluation_seconds=time.time() - trained)
-    write_csv(folder / "curves.csv", curve_rows(results))
+    columns = "examples", "accuracy", "low", "high"
+    write_csv(folder / "curves.csv", [["data_set", "learner", *columns]] + [
+        [row, learner, *point] for row, entry in data_sets.items()
+        for learner, curve in entry["curves"].items() for point in zip(*map(curve.get, columns))])
     plot(folder / "accuracy_by_examples.png", results)
     results |= dict(peak_memory_bytes=peak_memory(device), total_seconds=time.time() - began)
     with replacing(folder / "results.json") as temporary:      # last: it marks the run as finished
         temporary.write_text(json.dumps(results, indent=1))
-    log(f"Finished, {results['total_seconds']:.0f} s after the start of this command.")
-    log("\n".join(result_table(results)))
-    return results
+    log(f"Finished, {results['total_seconds']:.0f} s after the start of this command.",
+        *result_table(results))
 
 
 def evaluate_checkpoint(settings, flags):
@@ -2848,8 +2799,8 @@ def evaluate_checkpoint(settings, flags):
     notices, name = [], saved["settings"]["TRAIN_DATASET"]
     name = saved["trained_on"] if name == "auto" else name
     tests = load_tests(name, settings, device, notices)
-    key = digest(path.resolve(), sorted(vars(settings).items()))
-    folder = make_folder(Path(settings.OUT_DIR, f"{plain('evaluation-' + '-'.join(tests))}-{key}"))
+    folder = run_folder(settings, "-".join(["evaluation", *tests]), path.resolve(),
+                        sorted(vars(settings).items()))
     log = log_to(folder / "log.txt")
     log(*notices, f"Device      {device.type} ({why}), {precision}\n"
         f"Model       {path}, meta-trained on {name}\n"

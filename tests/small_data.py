@@ -1,7 +1,7 @@
 """How good is the in-context classifier on small tables? Beside scikit-learn's own classifiers.
 
-    python tests/small_data.py                    with the newest runs/*/model.pt
-    python tests/small_data.py path/to/model.pt
+    python tests/small_data.py                          with the newest runs/*/model.pt
+    python tests/small_data.py one/model.pt two/model.pt ...    the mean of what these do
 
 Thirty random splits of scikit-learn's own data sets, each with 60 to 99 rows to learn from, and,
 where they are in data/, of 16 x 16 test images of MNIST and FashionMNIST, with 99. Every classifier
@@ -33,17 +33,17 @@ import gpicl_minimal_replication as gpicl  # noqa: E402
 SPLITS = 30
 
 
-def learners(model, images):
-    """Return {name: a fresh classifier}; tables are standardised first, images are not."""
+def learners(models, images):
+    """Return {name: fresh classifiers}; tables are standardised first, images are not."""
     def scaled(classifier):
-        return classifier if images else make_pipeline(StandardScaler(), classifier)
+        return [classifier if images else make_pipeline(StandardScaler(), classifier)]
 
-    return {"in-context": gpicl.InContextClassifier(model),
-            "in-context, one pass": gpicl.InContextClassifier(model, n_ensemble=1),
+    return {"in-context": [gpicl.InContextClassifier(model) for model in models],
+            "in-context, one pass": [gpicl.InContextClassifier(model, 1) for model in models],
             "1-nearest neighbour": scaled(KNeighborsClassifier(1)),
             "logistic regression": scaled(LogisticRegression(max_iter=5000)),
             "RBF SVM": scaled(SVC(C=10 if images else 1)),
-            "random forest": RandomForestClassifier(300, random_state=0)}
+            "random forest": [RandomForestClassifier(300, random_state=0)]}
 
 
 def data_sets():
@@ -72,36 +72,40 @@ def seconds_for_10000_rows(model):
     return time.time() - began
 
 
-def main(path):
-    model = gpicl.load_model(path, torch.device("cpu"))[0]
+def calibration_error(classifier, X, y):
+    """Return the calibration error of a fitted classifier on rows X with labels y."""
+    numbers = torch.as_tensor(np.searchsorted(classifier.classes_, y))
+    return gpicl.calibration_error(torch.from_numpy(classifier.predict_proba(X)), numbers)
+
+
+def main(paths):
+    models = [gpicl.load_model(path, torch.device("cpu"))[0] for path in paths]
     accuracy, errors, began = {}, {}, time.time()
     for name, X, y, images in data_sets():
-        found = {learner: [] for learner in learners(model, images)}
+        found = {learner: [] for learner in learners(models, images)}
         gaps = []
         for split in range(SPLITS):
             random = np.random.default_rng(split)
             order = random.permutation(len(y))
             n = random.integers(60, 100) if X.ndim == 2 else 99
             train, test = order[:n], order[n:]
-            for learner, classifier in learners(model, images).items():
+            for learner, classifiers in learners(models, images).items():
                 shape = X.shape if learner.startswith("in-context") else (len(X), -1)
                 rows = X.reshape(shape) / (X.max() if images else 1)
-                classifier.fit(rows[train], y[train])
-                if learner != "in-context":
-                    found[learner].append(classifier.score(rows[test], y[test]))
-                    continue
-                p = classifier.predict_proba(rows[test])
-                found[learner].append((classifier.classes_[p.argmax(1)] == y[test]).mean())
-                numbers = torch.as_tensor(np.searchsorted(classifier.classes_, y[test]))
-                gaps.append(gpicl.calibration_error(torch.from_numpy(p), numbers))
+                found[learner].append(float(np.mean([
+                    classifier.fit(rows[train], y[train]).score(rows[test], y[test])
+                    for classifier in classifiers])))
+                if learner == "in-context":
+                    gaps += [calibration_error(one, rows[test], y[test]) for one in classifiers]
         accuracy[name], errors[name] = found, float(np.mean(gaps))
         for learner, values in found.items():
             half = 1.96 * np.std(values, ddof=1) / SPLITS**0.5
             print(f"{name:19}{learner:22}{100 * np.mean(values):6.1f} ± {100 * half:.1f}",
                   flush=True)
         print(f"{name:19}calibration error of the mean of 8 passes: {errors[name]:.3f}", flush=True)
-    results = dict(checkpoint=Path(path).parent.name, splits=SPLITS, accuracy=accuracy,
-                   calibration_error=errors, seconds_10000_rows=seconds_for_10000_rows(model),
+    results = dict(checkpoints=[Path(path).parent.name for path in paths], splits=SPLITS,
+                   accuracy=accuracy, calibration_error=errors,
+                   seconds_10000_rows=seconds_for_10000_rows(models[0]),
                    seconds=time.time() - began, machine=gpicl.machine(torch.device("cpu")),
                    versions=dict(python=platform.python_version(), torch=torch.__version__,
                                  sklearn=sklearn.__version__))
@@ -110,4 +114,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else gpicl.newest_checkpoint(gpicl.default_settings()))
+    main(sys.argv[1:] or [gpicl.newest_checkpoint(gpicl.default_settings())])

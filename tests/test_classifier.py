@@ -295,8 +295,7 @@ def test_the_fitted_temperature_mends_overconfidence(blobs, tiny):
     network, chosen = Overconfident(), tiny(ROW_SEQUENCES=1024, EVAL_SEQUENCES=4096)
     gpicl.fit_temperature(network, blobs, chosen, "fp32")
     assert 2 < network.temperature.item() <= 3.2
-    _, *last = gpicl.count_hits(network, blobs, chosen.EVAL_SEQUENCES, chosen, "fp32")
-    found = gpicl.calibration(network, *last)
+    _, found = gpicl.evaluate(network, blobs, chosen, "fp32")
     assert found["fitted"] < 0.1 < found["raw"]
 
 
@@ -342,7 +341,7 @@ def test_classify_from_csv_files(model_file, tmp_path, capsys, monkeypatch):
 
     # labels that look like numbers, with spaces, against numbers
     spaced = write(tmp_path / "spaced.csv", [[*x, f" {c}"] for x, c in zip(X[:40], y[:40])])
-    np.savez(tmp_path / "numbers.npz", x=X[40:], y=y[40:])
+    np.savez(tmp_path / "numbers.npz", x=X[40:], y=y[40:].astype(float))
     assert gpicl.main(["classify", f"--CHECKPOINT={model_file}", f"--TRAIN_FILE={spaced}",
                        "--TEST_FILE=numbers.npz", "--PREDICTIONS_FILE=numbers.csv"]) == 0
     assert f"{100 * expected.score(X[40:], names[40:]):.1f} %" in capsys.readouterr().out
@@ -362,6 +361,7 @@ def test_classify_says_what_is_wrong(model_file, tmp_path, fails):
     for name, rows, words in (
             ("word", [[1, "red", "a"], [3, "blue", "b"], [3, "x", "b"]],
              "'blue' in line 2, column 2, is not a number"),
+            ("underscore", [[1, 2, "a"], [3, "1_0", "b"]], "'1_0' in line 2, column 2, is not"),
             ("hole", [[1, 2, "a"], [3, "", "b"]], "'' in line 2, column 2, is not a number"),
             ("nan", [[1, 2, "a"], [3, "nan", "b"]],
              "NaN, infinite or huge numbers, first in row 2"),
@@ -422,8 +422,8 @@ def test_evaluate_gives_the_curves_of_training_again_and_of_other_data(tiny_flag
     assert len(same) == 2                                # a folder each: nothing is overwritten
     curves = json.loads(trained.read_text())["data_sets"]["blobs"]["curves"]
     assert all(found["data_sets"]["blobs"]["curves"] == curves for found in same)
-    assert gpicl.main([*command, f"--EVAL_DATASETS={blobs}", "--NUM_EXAMPLES=20"]) == 0
-    assert "blobs@19: " in capsys.readouterr().out       # longer than it was trained
+    assert gpicl.main([*command, f"--EVAL_DATASETS={blobs}", "--NUM_EXAMPLES=60"]) == 0
+    assert "blobs@59: " in capsys.readouterr().out       # more than VALIDATION_IMAGES=50
     assert "evaluate does not read STEPS" in fails([*command, "--STEPS=3"])
     assert "there is no checkpoint" in fails(["evaluate", "--CHECKPOINT=nowhere.pt"])
     assert "truncated or not a checkpoint.\n" in fails(["evaluate", f"--CHECKPOINT={blobs}"])
