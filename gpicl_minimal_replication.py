@@ -48,6 +48,7 @@ import socket
 import sys
 import threading
 import time
+import zipfile
 from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
@@ -830,8 +831,8 @@ def meta_train(model, dataset, validation, settings, folder, precision, log):
                                 precision, settings.GRADIENT_CLIP)
             loss, stop = agree(loss, bool(stopping), device)
             if not math.isfinite(loss + size):
-                raise UserError(f"the loss or its gradient is not finite at step {step + 1}; the "
-                                f"last good checkpoint stays in {folder}. Try a lower --LEARNING_"
+                raise UserError(f"the loss or its gradient is not finite at step {step + 1}; "
+                                f"what was saved before stays in {folder}. Try a lower --LEARNING_"
                                 f"RATE than {settings.LEARNING_RATE:g}, or --PRECISION=fp32.")
             progress["step"] = step + 1
             progress["seconds"] += time.time() - began
@@ -1135,9 +1136,11 @@ class InContextClassifier:
         temperature = network.temperature.item() if self.temperature is None else self.temperature
         if not isinstance(temperature, (int, float, np.number)) or not temperature > 0:
             raise UserError(f"temperature is {temperature!r}; expected a number above 0.")
+        if not isinstance(self.random_state, (int, np.integer)):
+            raise UserError(f"random_state is {self.random_state!r}; expected a whole number.")
         total = torch.zeros(len(x), len(self.classes_))
         for i in range(self.n_ensemble):
-            generator = stream("cpu", self.random_state, "classifier", i)
+            generator = stream("cpu", int(self.random_state), "classifier", i)
             rho = torch.randperm(C, generator=generator)
             order = torch.randperm(len(context), generator=generator)[:n]
             labels = rho[self.labels_[order]].to(device)
@@ -1165,13 +1168,13 @@ class InContextClassifier:
         """Write the fitted classifier, model and examples included, to a file for `load`."""
         if not hasattr(self, "examples_"):
             raise UserError("this classifier has no examples yet; call fit(X, y) first.")
-        if self.classes_.dtype.kind not in "biufUO":
-            raise UserError(f"labels of type {self.classes_.dtype} can't be saved; use words or "
-                            "numbers.")
+        labels = [np.asarray(label).item() for label in self.examples_[1]]
+        if not all(isinstance(label, (str, int, float)) for label in labels):
+            raise UserError(f"labels like {labels[0]!r} can't be saved; use words or numbers.")
         params = {name: np.asarray(value).item()         # NumPy's numbers would not load
                   for name, value in self.get_params().items() if name != "model"}
         state = dict(params={**params, "scaling": self.scaling_}, x=self.examples_[0],
-                     y=self.examples_[1].tolist())
+                     y=labels)
         try:
             save_checkpoint(Path(path), self.network_.settings, self.network_, classifier=state)
         except (OSError, RuntimeError) as error:
@@ -1209,9 +1212,9 @@ def as_rows(X):
 def as_labels(y, n):
     """Return the labels y as an array of shape (n,); raise UserError for anything else."""
     try:
-        y = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y)
-    except ValueError:
-        raise UserError("the labels are lists of several lengths; expected one per row.") from None
+        y = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the labels can't be read, one per row ({error}).") from None
     if y.shape != (n,):
         raise UserError(f"there are {n} rows and labels of shape {y.shape}; expected one label per "
                         "row.")
@@ -1238,6 +1241,8 @@ def class_numbers(y, name, most=C):
         kinds, first, numbers = np.unique(y, return_index=True, return_inverse=True)
     except TypeError as error:
         raise UserError(f"{name}: the labels are of several types ({error}).") from None
+    if (kinds != kinds).any():
+        raise UserError(f"{name}: row {first[kinds != kinds][0] + 1} has NaN for a label.")
     if not 2 <= len(kinds) <= most:
         raise UserError(f"{name}: {len(kinds)} classes; this model tells 2 to {most} classes "
                         "apart.")
@@ -1252,15 +1257,16 @@ def as_dataset(name, x, y, size, device, most=C):
     are. Labels of any kind become 0 .. classes - 1. Raises UserError for what can't be used.
     """
     x, y = np.asarray(x), np.asarray(y)
-    if not 2 <= x.ndim <= 4 or y.ndim != 1 or len(x) != len(y):
+    if not 2 <= x.ndim <= 4 or y.ndim != 1 or len(x) != len(y) or not x.size:
         raise UserError(f"{name}: x has shape {x.shape} and y {y.shape}; expected one row of x per "
                         "label: rows (n, N) or images (n, h, w) or (n, h, w, c), and y (n,).")
     if x.dtype.kind not in "biuf":
         raise UserError(f"{name}: x holds {x.dtype}; expected numbers.")
     kinds, _, y = class_numbers(y, name, most)
     x = torch.as_tensor(x.astype(np.float32))
-    if not x.isfinite().all() or x.std() == 0:
-        raise UserError(f"{name}: x is constant, or holds NaN or infinite values; clean it first.")
+    if not 0 < x.std() < math.inf:
+        raise UserError(f"{name}: x is constant, or holds NaN, infinite or huge values; clean it "
+                        "first.")
     if x.ndim > 2:
         x = x.movedim(-1, 1) if x.ndim == 4 and x.shape[-1] in (1, 3) else x
         x = x[:, None] if x.ndim == 3 else x
@@ -1521,6 +1527,9 @@ def stop_requests():
 @contextlib.contextmanager
 def replacing(path):
     """Yield a temporary path that becomes `path` in one step, or never does."""
+    path = path.resolve()                                # of a link, what it points to
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a file")
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
@@ -1543,6 +1552,9 @@ def load_checkpoint(path, settings=None):
     """
     remedy = "; delete it to train again from the start" if settings else ""
     try:
+        with zipfile.ZipFile(path) as parts:
+            if parts.testzip():                          # torch does not check the sums
+                raise ValueError
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}.") from error
@@ -1592,7 +1604,7 @@ def default_settings(**overrides):
     """Return the settings at the top of this file, with some of them replaced."""
     settings = SimpleNamespace(**{name: globals()[name] for name in setting_comments()})
     for name, value in overrides.items():
-        if not hasattr(settings, name):
+        if name not in vars(settings):
             raise UserError(f"there is no setting {name!r}{did_you_mean(name, vars(settings))}")
         setattr(settings, name, value)
     return settings
@@ -1643,7 +1655,7 @@ def read_settings(arguments):
     settings = default_settings(**{**PRESETS, **sweeps}.get(first, {}))
     for word in [word for word in arguments if word.startswith("-")]:
         name, equals, text = word.lstrip("-").partition("=")
-        if not hasattr(settings, name):
+        if name not in vars(settings):
             raise UserError(f"there is no setting {name!r}{did_you_mean(name, vars(settings))}")
         if not equals:
             raise UserError(f"{word} has no value; write --{name}=value.")
@@ -2686,7 +2698,8 @@ def load_tests(name, settings, device, notices):
             tests[f"{dataset.name}, seen tasks"] = dataset, settings.NUM_TASKS
         tests[dataset.name] = dataset, 0
     if not tests:
-        raise UserError("EVAL_DATASETS names no data set; for example --EVAL_DATASETS=MNIST.")
+        raise UserError("EVAL_DATASETS names no data set that can be had; for example "
+                        "--EVAL_DATASETS=MNIST.")
     return tests
 
 

@@ -208,12 +208,13 @@ def test_it_works_inside_scikit_learn(model):
         classifier.set_params(n_ensembel=3)
 
 
-def test_saved_and_loaded_it_predicts_the_same(model_file, tmp_path):
+@pytest.mark.parametrize("kind", [str, object])
+def test_saved_and_loaded_it_predicts_the_same(model_file, tmp_path, kind):
     X, y = table(features=16)
     X = X.reshape(-1, 4, 4)                              # as rows they would be a table
-    names = np.array(["ape", "bee", "cat"])[y]
-    classifier = InContextClassifier(str(model_file), n_ensemble=np.int64(2)).fit(
-        X[:40], names[:40])
+    names = np.array([np.str_("ape"), np.str_("bee"), np.str_("cat")], dtype=kind)[y]
+    classifier = InContextClassifier(str(model_file), n_ensemble=np.int64(2),
+                                     random_state=np.int64(3)).fit(X[:40], names[:40])
     classifier.save(tmp_path / "classifier.pt")
     loaded = InContextClassifier.load(tmp_path / "classifier.pt")
     assert (loaded.predict_proba(X[40:]) == classifier.predict_proba(X[40:])).all()
@@ -225,7 +226,9 @@ def test_saved_and_loaded_it_predicts_the_same(model_file, tmp_path):
 @pytest.mark.parametrize("X, y, words", [
     (np.zeros((0, 3)), [], "at least one row"),
     (np.eye(3), [0, 1], "expected one label per row"),
-    (np.eye(2), [[0], [0, 1]], "lists of several lengths"),
+    (np.eye(2), [[0], [0, 1]], "can't be read, one per row"),
+    (np.eye(3), [0, 1, np.nan], "row 3 has NaN for a label"),
+    (np.eye(2), torch.zeros(2, dtype=torch.bfloat16), "can't be read, one per row"),
     (np.eye(12), range(12), "12 classes; this model tells 2 to 10 classes apart"),
     (np.eye(3), [1, 1, 1], "1 classes"),
     (np.array([[1, 2], [2, np.nan]]), [0, 1], "NaN, infinite or huge numbers, first in row 2"),
@@ -248,13 +251,16 @@ def test_bad_use_is_refused(model, tmp_path):
         InContextClassifier(model).fit(X, y).predict(X[:, :5])
     with pytest.raises(UserError, match="expected auto, shared, centred"):
         InContextClassifier(model, scaling="wide").fit(X, y)
-    for wrong in (dict(n_ensemble=0), dict(n_ensemble=1.5), dict(temperature=0)):
+    for wrong in (dict(n_ensemble=0), dict(n_ensemble=1.5), dict(temperature=0),
+                  dict(random_state=1.5)):
         with pytest.raises(UserError, match=f"{list(wrong)[0]} is {list(wrong.values())[0]}"):
             InContextClassifier(model, **wrong).fit(X, y).predict(X)
     with pytest.raises(UserError, match="90 rows and labels of shape"):
         InContextClassifier(model).fit(X, y).score(X, y[:, None])
     with pytest.raises(UserError, match="can't write"):
         InContextClassifier(model).fit(X, y).save(tmp_path / "no" / "c.pt")
+    with pytest.raises(UserError, match="can't be saved; use words or numbers"):
+        InContextClassifier(model).fit(X, y.astype("M8[D]")).save(tmp_path / "c.pt")
     with pytest.raises(UserError, match="there is no checkpoint"):
         InContextClassifier("nowhere/model.pt").fit(X, y)
     paper = gpicl.InContextModel(gpicl.default_settings(**TINY, TOKEN_FORMAT="paper"))

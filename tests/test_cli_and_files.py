@@ -20,6 +20,7 @@ SCRIPT = ROOT / "gpicl_minimal_replication.py"
 # ------------------------------------------------------------------------------------- settings
 @pytest.mark.parametrize("flag, expected", [
     ("--STEPZ=5", "did you mean STEPS?"),
+    ("--__class__=5", "there is no setting"),
     ("--steps=5", "did you mean STEPS?"),
     ("--XYZZY=5", "expected one of SEED, DEVICE"),
     ("quik", "did you mean quick?"),
@@ -155,6 +156,8 @@ def test_unknown_and_unusable_data_sets(tiny_flags, fails, tmp_path, blobs):
     assert "1 classes" in error(x=x, y=0 * y)
     assert "NaN" in error(x=np.where(x > 2, np.nan, x), y=y)
     assert "constant" in error(x=0 * x, y=y)
+    assert "huge values" in error(x=1e36 * x, y=y)
+    assert "x has shape" in error(x=x[..., :0], y=y)
     assert "can't be read" in error(x=np.array([{}] * 600, object), y=y)
     assert "expected numbers" in error(x=np.full((600, 4), "a"), y=y)
     assert "too few" in error(x=x[:20], y=y[:20])
@@ -242,13 +245,27 @@ def test_output_files(tiny_flags, tmp_path, capsys, blobs_file):
     assert "chance" in output and "1-nearest neighbour" in output and "seconds" in output
 
 
+def test_only_files_are_replaced(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    with gpicl.replacing(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is not a file"), gpicl.replacing(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_broken_and_foreign_checkpoints(tiny_flags, tmp_path, fails):
     flags = tiny_flags()
     assert gpicl.main(flags) == 0
     folder = next((tmp_path / "runs").iterdir())
     (folder / "results.json").unlink()
     model = (folder / "model.pt").read_bytes()
-    for broken in (model[:len(model) // 2], b"", b"hello"):
+    half = len(model) // 2                               # among the weights
+    flipped = model[:half] + bytes([model[half] ^ 1]) + model[half + 1:]
+    for broken in (model[:half], b"", b"hello", flipped):
         (folder / "model.pt").write_bytes(broken)
         assert "truncated or not a checkpoint" in fails(flags)
     torch.save({"some": "thing"}, folder / "model.pt")
@@ -287,7 +304,7 @@ def test_pep_723_block_equals_requirements():
 
 def test_lines_and_functions_are_short():
     lines = SCRIPT.read_text().splitlines()
-    assert max(map(len, lines)) <= 100 and len(lines) <= 2881
+    assert max(map(len, lines)) <= 100 and len(lines) <= 2894
     import ast
     for node in ast.walk(ast.parse(SCRIPT.read_text())):
         if isinstance(node, ast.FunctionDef):
