@@ -1263,7 +1263,8 @@ def as_dataset(name, x, y, size, device, most=C):
     if x.dtype.kind not in "biuf":
         raise UserError(f"{name}: x holds {x.dtype}; expected numbers.")
     kinds, _, y = class_numbers(y, name, most)
-    x = torch.as_tensor(x.astype(np.float32))
+    with np.errstate(all="ignore"):                      # what is too large is refused below
+        x = torch.as_tensor((x - x.mean() if x.itemsize == 8 else x).astype(np.float32))
     if not 0 < x.std() < math.inf:
         raise UserError(f"{name}: x is constant, or holds NaN, infinite or huge values; clean it "
                         "first.")

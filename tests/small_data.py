@@ -72,10 +72,11 @@ def seconds_for_10000_rows(model):
     return time.time() - began
 
 
-def calibration_error(classifier, X, y):
-    """Return the calibration error of a fitted classifier on rows X with labels y."""
-    numbers = torch.as_tensor(np.searchsorted(classifier.classes_, y))
-    return gpicl.calibration_error(torch.from_numpy(classifier.predict_proba(X)), numbers)
+def judge(classifier, X, y):
+    """Return the accuracy and the calibration error of a fitted classifier on rows X, labels y."""
+    p, numbers = classifier.predict_proba(X), np.searchsorted(classifier.classes_, y)
+    return (classifier.classes_[p.argmax(1)] == y).mean(), gpicl.calibration_error(
+        torch.from_numpy(p), torch.as_tensor(numbers))
 
 
 def main(paths):
@@ -92,11 +93,15 @@ def main(paths):
             for learner, classifiers in learners(models, images).items():
                 shape = X.shape if learner.startswith("in-context") else (len(X), -1)
                 rows = X.reshape(shape) / (X.max() if images else 1)
-                found[learner].append(float(np.mean([
-                    classifier.fit(rows[train], y[train]).score(rows[test], y[test])
-                    for classifier in classifiers])))
+                for classifier in classifiers:
+                    classifier.fit(rows[train], y[train])
                 if learner == "in-context":
-                    gaps += [calibration_error(one, rows[test], y[test]) for one in classifiers]
+                    judged = [judge(one, rows[test], y[test]) for one in classifiers]
+                    scores = [score for score, _ in judged]
+                    gaps += [error for _, error in judged]
+                else:
+                    scores = [one.score(rows[test], y[test]) for one in classifiers]
+                found[learner].append(float(np.mean(scores)))
         accuracy[name], errors[name] = found, float(np.mean(gaps))
         for learner, values in found.items():
             half = 1.96 * np.std(values, ddof=1) / SPLITS**0.5
