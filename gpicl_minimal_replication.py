@@ -1173,8 +1173,7 @@ class InContextClassifier:
             raise UserError(f"labels like {labels[0]!r} can't be saved; use words or numbers.")
         params = {name: np.asarray(value).item()         # NumPy's numbers would not load
                   for name, value in self.get_params().items() if name != "model"}
-        state = dict(params={**params, "scaling": self.scaling_}, x=self.examples_[0],
-                     y=labels)
+        state = dict(params={**params, "scaling": self.scaling_}, x=self.examples_[0], y=labels)
         try:
             save_checkpoint(Path(path), self.network_.settings, self.network_, classifier=state)
         except (OSError, RuntimeError) as error:
@@ -1473,7 +1472,7 @@ def read_examples(path, label_column, features=None):
     if not str(path).endswith(".npz"):
         return read_csv(path, label_column, features)
     x, y = npz_arrays(path, labels=features is None)
-    if y is not None and y.dtype.kind == "f" and (y % 1 == 0).all():
+    if y is not None and y.dtype.kind == "f" and (abs(y) < 2**53).all() and (y % 1 == 0).all():
         y = y.astype(np.int64)                           # 1.0 and 1 are one class, as in a .csv
     return x, y, None
 

@@ -352,6 +352,10 @@ def test_classify_from_csv_files(model_file, tmp_path, capsys, monkeypatch):
                        "--TEST_FILE=numbers.npz", "--PREDICTIONS_FILE=numbers.csv"]) == 0
     assert f"{100 * expected.score(X[40:], names[40:]):.1f} %" in capsys.readouterr().out
 
+    for odd in (1e300, np.inf, np.nan):                  # no whole numbers: left as they are
+        np.savez(tmp_path / "odd.npz", x=X[:3], y=[0.0, 1.0, odd])
+        assert gpicl.read_examples(tmp_path / "odd.npz", "last")[1].dtype == np.float64
+
     np.savez(tmp_path / "train.npz", x=X[:40], y=names[:40])
     np.savez(tmp_path / "test.npz", x=X[40:])
     assert gpicl.main(["classify", f"--CHECKPOINT={model_file}", "--TRAIN_FILE=train.npz",
