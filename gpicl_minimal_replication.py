@@ -81,6 +81,7 @@ VALIDATION_IMAGES = 5000     # last training images, never trained on; a quarter
 NUM_TASKS = 0                # 2**k: so many fixed tasks; 0: a fresh task for every sequence
 NUM_EXAMPLES = 100           # examples in a sequence: the last is predicted after 99
 PROJECTION_SIZE = 3072       # numbers that the random projection turns an image into (as paper)
+READ_SIZE = 64               # how many of them a token holds; image cosines are of all of them
 BIASED_FRACTION = 0.0        # share of each batch with one fixed label permutation (paper: 0.9)
 
 # Model
@@ -99,7 +100,7 @@ CELL_SIZE = 8                # vsml: state of each of its many tiny LSTMs
 # Meta-training
 OPTIMIZER = "muon"           # muon (AdamW for what is not a hidden matrix) or adamw
 BATCH_SIZE = 32              # sequences per step
-STEPS = 1500                 # updates in all
+STEPS = 1000                 # updates in all
 LEARNING_RATE = 5e-3         # peak rate
 WARMUP_STEPS = 50            # rate rises from zero over so many steps
 DECAY_FRACTION = 0.4         # rate falls linearly to zero over the last so much of the steps
@@ -112,7 +113,7 @@ GRADIENT_CLIP = 1.0          # largest norm of the gradient
 EVAL_SEQUENCES = 4096        # meta-test sequences per data set
 EVAL_SEED = 0                # of these sequences; they do not depend on SEED
 AVERAGED_PASSES = 0          # passes of test-time averaging, a row of its own; 0: none
-ROW_EVERY = 500              # steps between two rows of the progress table
+ROW_EVERY = 250              # steps between two rows of the progress table
 ROW_SEQUENCES = 512          # validation sequences behind one such row
 CHECKPOINT_SECONDS = 30.0    # seconds between two checkpoints
 
@@ -161,7 +162,7 @@ QUERIES = 200                                        # rows that are classified 
 MAX_CONTEXT = 2000                                   # of more examples, each pass sees a sample
 OFFSET = 3.0                                         # constant feature, where the others have std 1
 MIXTURE_SCALE = 10.0                                 # makes Adam's steps fit the image mixtures
-FORMAT = "gpicl-1"                                   # of checkpoints
+FORMAT = "gpicl-2"                                   # of checkpoints
 DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)
 CHOICES = dict(DEVICE=("auto", "cuda", "mps", "cpu"), PRECISION=("auto", "bf16", "fp32"),
                TOKEN_FORMAT=("pairs", "paper"), OPTIMIZER=("muon", "adamw"), ARCHITECTURE=(
@@ -239,39 +240,34 @@ def span(images):
     return cholesky(images @ images.mT / images.shape[2])
 
 
-def project_afresh(coordinates, settings, generator, precision="fp32"):
+def outputs_read(settings):
+    """Return how many of a projection's outputs a model reads one by one: all, unless it is given
+    the image cosines; then a sample of them does, since all outputs are alike.
+    """
+    most = settings.READ_SIZE if compares_images(settings) else math.inf
+    return min(settings.PROJECTION_SIZE, most)
+
+
+def project_afresh(coordinates, settings, generator):
     """Return (B, T, P): the images with these coordinates under a fresh A for each sequence.
 
     A is drawn only where the images look. For A_ij ~ N(0, 1/N), each row of A gives T numbers whose
     covariance is X X'/N. So do `coordinates` times a matrix G (n, P) of normal numbers: n rows in
-    place of N, and the same distribution. A wide G is made of few numbers: G = L Q, where L is
-    lower triangular, with chi-distributed numbers above normal ones (Bartlett 1933), and Q has
-    orthonormal rows in random directions. L is each sequence's own; Q is one for all of them, with
-    random signs of its columns that tell them apart. With "bf16" its rounding (1/256 of a number)
-    is far below the noise of the projection itself, and saves a third of the time.
+    place of N, and the same distribution.
+
+    Of the outputs that a model does not read one by one only inner products matter, so G G'. That
+    has the law of L L' with L (n, n) lower triangular, of normal numbers below chi-distributed ones
+    (Bartlett 1933): n numbers say of each image what P - outputs_read did, and x is (B, T,
+    outputs_read + n) where that is fewer than P.
     """
-    (B, _, n), P = coordinates.shape, settings.PROJECTION_SIZE
+    (B, _, n), P, read = coordinates.shape, settings.PROJECTION_SIZE, outputs_read(settings)
     normal = functools.partial(torch.randn, generator=generator, device=coordinates.device)
-    if P < 8 * n:
+    if P < read + n + 100:
         return coordinates @ normal(B, n, P)
-    wide, lower = normal(n, P), normal(B, n, n)
-    freedom = P - torch.arange(n, device=wide.device)    # below: chi by Wilson and Hilferty (1931)
+    freedom, lower = P - read - torch.arange(n, device=coordinates.device), normal(B, n, n)
     chi = (1 - 2 / (9 * freedom) + (2 / (9 * freedom))**0.5 * lower.diagonal(dim1=1, dim2=2))**1.5
-    lower = lower.tril(-1) + (freedom**0.5 * chi).diag_embed()
-    signs = 1 - 2 * torch.randint(2, (B, 1, P), generator=generator, device=wide.device)
-    frame = (inverse_root(wide @ wide.T) @ wide).to(DTYPES[precision])
-    x = (coordinates @ lower).to(frame.dtype) @ frame
-    return x.mul_(signs)                                 # in place: x is what takes the memory
-
-
-def inverse_root(matrix):
-    """Return matrix ^ -1/2 of one that is nearly a multiple of 1, by products (Newton, Schulz)."""
-    one, size = torch.eye(len(matrix), device=matrix.device), matrix.diagonal().mean()
-    y, z = matrix / size, one
-    for _ in range(12):
-        step = 1.5 * one - 0.5 * z @ y
-        y, z = y @ step, step @ z
-    return z / size**0.5
+    lower = lower.tril(-1) + (freedom**0.5 * chi).diag_embed()   # chi: Wilson, Hilferty (1931)
+    return coordinates @ torch.cat([normal(B, n, read), lower], -1)
 
 
 def draw_images(dataset, n_sequences, length, generator):
@@ -282,8 +278,7 @@ def draw_images(dataset, n_sequences, length, generator):
     return torch.cat(shuffles)[:n_sequences]
 
 
-def draw_sequences(dataset, n_sequences, settings, key, num_tasks=0, biased_fraction=0.0,
-                   precision="fp32"):
+def draw_sequences(dataset, n_sequences, settings, key, num_tasks=0, biased_fraction=0.0):
     """Return x (B, T, P) and y (B, T): sequences, each a task applied to its own random images.
 
     A pure function of its arguments: `key` names the place in the random stream. With `num_tasks`
@@ -301,7 +296,7 @@ def draw_sequences(dataset, n_sequences, settings, key, num_tasks=0, biased_frac
         x = torch.stack([image @ projection.T for image, (projection, _) in zip(images, tasks)])
         rho = torch.stack([permutation for _, permutation in tasks])
     else:
-        x = project_afresh(span(images), settings, generator, precision)
+        x = project_afresh(span(images), settings, generator)
         rho = torch.rand(n_sequences, C, generator=generator, device=device).argsort(1)
     rho[:round(biased_fraction * n_sequences)] = torch.arange(C, device=device)
     return x, rho.gather(1, labels)
@@ -414,7 +409,8 @@ class Attention(nn.Module):
 
     def forward(self, h, around):
         B, T, D = h.shape
-        q, k, v = self.qkv(h).view(B, T, 3, self.heads, -1).permute(2, 3, 0, 1, 4)   # (H, B, T, -)
+        qkv = self.qkv(h).view(B, T, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 3, 0, 1, 4).contiguous()                # each (H, B, T, D / H)
         if self.glance is not None:
             seen = self.glance(around.x)
             q, k = (a.view(B, T, self.heads, -1).permute(2, 0, 1, 3)
@@ -433,7 +429,7 @@ class Attention(nn.Module):
             # bf16 would round a score of 32 to a multiple of 1/4.
             with torch.autocast(h.device.type, enabled=False):
                 scores = MIXTURE_SCALE * self.mixture @ around.cosines.flatten(1)
-            scores = scores.view(-1, B, T, T).add_(q @ k.mT).add_(around.mask)
+            scores = scores.view(-1, B, T, T) + q @ k.mT + around.mask   # in place is slower
             mixed = scores.softmax(-1).to(v.dtype) @ v
         return self.out(mixed.permute(1, 2, 0, 3).reshape(B, T, D))
 
@@ -469,7 +465,7 @@ class InContextModel(nn.Module):
 
     def __init__(self, settings):
         super().__init__()
-        size, inputs = settings.MODEL_SIZE, settings.PROJECTION_SIZE
+        size, inputs = settings.MODEL_SIZE, outputs_read(settings)
         self.settings = settings
         width = size // 2 if settings.TOKEN_FORMAT == "pairs" else size
         self.embed_image = nn.Linear(inputs, width, bias=False)
@@ -491,7 +487,7 @@ class InContextModel(nn.Module):
         """
         T, compare = x.shape[1], compares_images(self.settings)
         masked = self.settings.TOKEN_FORMAT == "paper" and self.settings.GUIDED_START
-        h = self.embed_image(x)
+        h = self.embed_image(x[..., :self.embed_image.in_features])
         if self.positions is None:
             h = torch.cat([h, shift(h, queries)], -1)
         else:
@@ -733,11 +729,51 @@ def make_model(settings):
 
 
 # --------------------------------------------------------------------------------- meta-training
-def make_optimizers(model, settings):
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal before each step (Jordan et al. 2024).
+
+    Does what torch.optim.Muon does with adjust_lr_fn="match_rms_adamw" (updates as large as
+    AdamW's: one rate serves both), but in the precision of the run, and for all matrices of a shape
+    at once. Torch's, always in bf16, took a quarter of each step where that is slow.
+    """
+
+    def __init__(self, params, lr, weight_decay, dtype):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, momentum=0.95):
+        for group in self.param_groups:
+            alike = {}
+            for p in group["params"]:
+                if p not in self.state:
+                    self.state[p]["mean"] = torch.zeros_like(p)
+                mean = self.state[p]["mean"].lerp_(p.grad, 1 - momentum)
+                alike.setdefault(p.shape, []).append((p, p.grad.lerp(mean, momentum)))
+            for shape, pairs in alike.items():
+                params, updates = zip(*pairs)
+                updates = orthogonal(torch.stack(updates).to(self.dtype)).to(params[0].dtype)
+                rate = group["lr"] * 0.2 * max(shape)**0.5
+                for p, new in zip(params, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(new, alpha=rate)
+
+
+def orthogonal(a):
+    """Return matrices a (n, rows, columns), singular values made about one (Newton, Schulz)."""
+    x = a.mT if a.shape[1] > a.shape[2] else a
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(5):                                   # a quintic that starts steeply
+        gram = x @ x.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, factor, x, beta=3.4445)
+    return x.mT if a.shape[1] > a.shape[2] else x
+
+
+def make_optimizers(model, settings, precision):
     """Return the optimisers; every parameter is in exactly one of them.
 
     Muon orthogonalises the updates of the matrices inside the layers; embeddings, head and scalars
-    are AdamW's. Muon's updates are scaled to the size of AdamW's, so that one rate serves both.
+    are AdamW's.
     """
     muon = settings.OPTIMIZER == "muon"
     layers = getattr(model, "layers", nn.ModuleList())
@@ -747,9 +783,8 @@ def make_optimizers(model, settings):
         rest, settings.LEARNING_RATE, betas=(0.9, settings.ADAM_BETA2), eps=settings.ADAM_EPSILON,
         weight_decay=settings.WEIGHT_DECAY)]
     if hidden:
-        optimizers.append(torch.optim.Muon(
-            hidden, settings.LEARNING_RATE, adjust_lr_fn="match_rms_adamw",
-            weight_decay=settings.WEIGHT_DECAY))
+        optimizers.append(Muon(
+            hidden, settings.LEARNING_RATE, settings.WEIGHT_DECAY, DTYPES[precision]))
     return optimizers
 
 
@@ -785,10 +820,10 @@ def update(model, optimizers, x, y, rate, precision, clip):
     return loss, size
 
 
-def training_batch(dataset, step, settings, precision):
+def training_batch(dataset, step, settings):
     """Return x (B, T, P) and y (B, T) of a step: the same at every call."""
     return draw_sequences(dataset, settings.BATCH_SIZE, settings, ("train", settings.SEED, step),
-                          settings.NUM_TASKS, settings.BIASED_FRACTION, precision)
+                          settings.NUM_TASKS, settings.BIASED_FRACTION)
 
 
 def resume(path, settings, model, optimizers=()):
@@ -810,7 +845,7 @@ def meta_train(model, dataset, validation, settings, folder, precision, log):
     KeyboardInterrupt after Ctrl-C or SIGTERM, leaving a checkpoint of the very last step.
     """
     (rank, world), device, path = processes(), dataset.x.device, folder / "checkpoint.pt"
-    optimizers = make_optimizers(model, settings)
+    optimizers = make_optimizers(model, settings, precision)
     progress = resume(path, settings, model, optimizers) or dict(
         step=0, seconds=0.0, drawing_seconds=0.0, rows=[])
     if progress["step"]:
@@ -823,7 +858,7 @@ def meta_train(model, dataset, validation, settings, folder, precision, log):
     with stop_requests() as stopping, bar:
         for step in range(progress["step"], settings.STEPS):
             began = time.time()
-            x, y = training_batch(dataset, step, settings, precision)
+            x, y = training_batch(dataset, step, settings)
             synchronize(device)
             progress["drawing_seconds"] += time.time() - began
             rate = learning_rate(step, settings)
@@ -924,11 +959,11 @@ def starts_and_sizes(n_sequences, length):
     return [(start, min(size, n_sequences - start)) for start in range(0, n_sequences, size)]
 
 
-def evaluation_batches(dataset, n_sequences, settings, num_tasks=0, precision="fp32"):
+def evaluation_batches(dataset, n_sequences, settings, num_tasks=0):
     """Yield x, y of fixed meta-test sequences: the same whatever SEED and training were."""
     for start, n in starts_and_sizes(n_sequences, settings.NUM_EXAMPLES):
         yield draw_sequences(dataset, n, settings, meta_test_key(dataset, start, settings),
-                             num_tasks, precision=precision)
+                             num_tasks)
 
 
 def classical_labels(gram, y):
@@ -950,11 +985,10 @@ def predictions(model, dataset, n_sequences, settings, precision, num_tasks=0, l
     number of examples in `lengths`.
     """
     parts = []
-    for x, y in evaluation_batches(dataset, n_sequences, settings, num_tasks, precision):
+    for x, y in evaluation_batches(dataset, n_sequences, settings, num_tasks):
         logits = logits_of(model, x, y, precision)
         found, y = {"Transformer": logits.argmax(-1).cpu()}, y.cpu()
         if len(lengths):
-            x = x.float()
             gram = (x @ x.mT).cpu()
             labels = [classical_labels(gram[:, :n + 1, :n + 1], y[:, :n]) for n in lengths]
             found |= {name: torch.stack([some[name] for some in labels], 1) for name in CLASSICAL}
@@ -993,8 +1027,7 @@ def count_averaged_hits(model, dataset, n_sequences, settings, precision):
             order = torch.rand(n, T, generator=generator, device=device)
             order[:, -1] = 1                             # the query stays the last
             order = order.argsort(1)
-            x = project_afresh(coordinates.take_along_dim(order[..., None], 1), settings, generator,
-                               precision)
+            x = project_afresh(coordinates.take_along_dim(order[..., None], 1), settings, generator)
             rho = torch.rand(n, C, generator=generator, device=device).argsort(1)
             logits = logits_of(model, x, rho.gather(1, y.gather(1, order)), precision)[:, -1]
             total += logits.softmax(-1).gather(1, rho)
@@ -1132,7 +1165,7 @@ class InContextClassifier:
         if not isinstance(self.n_ensemble, (int, np.integer)) or self.n_ensemble < 1:
             raise UserError(f"n_ensemble is {self.n_ensemble!r}; expected 1 or more.")
         x, network, n = scaled(x, *self.scale_), self.network_, min(len(context), MAX_CONTEXT)
-        device, size = network.head.weight.device, network.embed_image.in_features
+        device, size = network.head.weight.device, network.settings.PROJECTION_SIZE
         temperature = network.temperature.item() if self.temperature is None else self.temperature
         if not isinstance(temperature, (int, float, np.number)) or not temperature > 0:
             raise UserError(f"temperature is {temperature!r}; expected a number above 0.")
@@ -2055,9 +2088,9 @@ def training_steps(settings, dataset, precision):
     """Meta-train a new model, without files or messages; yield (model, step) after each step."""
     torch.manual_seed(settings.SEED)
     model = make_model(settings).to(dataset.x.device)
-    optimizers = make_optimizers(model, settings)
+    optimizers = make_optimizers(model, settings, precision)
     for step in range(settings.STEPS):
-        x, y = training_batch(dataset, step, settings, precision)
+        x, y = training_batch(dataset, step, settings)
         loss, size = update(model, optimizers, x, y, learning_rate(step, settings), precision,
                             settings.GRADIENT_CLIP)
         if not math.isfinite(loss + size):

@@ -181,7 +181,7 @@ def test_every_parameter_gets_a_gradient_and_has_one_optimizer(architecture, tin
     loss.backward()
     assert math.isfinite(loss.item())
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
-    held = [id(p) for o in gpicl.make_optimizers(model, settings)
+    held = [id(p) for o in gpicl.make_optimizers(model, settings, "fp32")
             for group in o.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
 

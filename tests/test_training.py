@@ -16,7 +16,7 @@ SCRIPT = ROOT / "gpicl_minimal_replication.py"
 
 def train(model, dataset, settings):
     """Train without files or reports; return the losses."""
-    optimizers, losses = gpicl.make_optimizers(model, settings), []
+    optimizers, losses = gpicl.make_optimizers(model, settings, "fp32"), []
     for step in range(settings.STEPS):
         x, y = gpicl.draw_sequences(dataset, settings.BATCH_SIZE, settings, ("train", 0, step),
                                     settings.NUM_TASKS)
@@ -28,9 +28,27 @@ def train(model, dataset, settings):
 def test_every_parameter_is_in_exactly_one_optimizer(tiny):
     for optimizer in ("muon", "adamw"):
         model = gpicl.InContextModel(tiny(OPTIMIZER=optimizer))
-        held = [id(p) for o in gpicl.make_optimizers(model, tiny(OPTIMIZER=optimizer))
+        held = [id(p) for o in gpicl.make_optimizers(model, tiny(OPTIMIZER=optimizer), "fp32")
                 for group in o.param_groups for p in group["params"]]
         assert sorted(held) == sorted(id(p) for p in model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_muon_steps_as_torch_does(precision):
+    """In bf16, as torch's always is, and in fp32 up to bf16's rounding."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((8, 24), (24, 8), (8, 24))]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    optimizers = (gpicl.Muon(ours, 0.1, 0.2, gpicl.DTYPES[precision]),
+                  torch.optim.Muon(theirs, 0.1, 0.2, adjust_lr_fn="match_rms_adamw"))
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, p in zip(ours, theirs, start):
+        assert (a - b).norm() < 0.02 * (b - 0.98**3 * p).norm()
 
 
 def test_rate_warms_up_and_falls_to_zero(tiny):
