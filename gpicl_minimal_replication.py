@@ -88,7 +88,7 @@ BIASED_FRACTION = 0.0        # share of each batch with one fixed label permutat
 ARCHITECTURE = "transformer"  # lstm, outer_lstm, deltanet, mlp, vsml, vsml_free, maml
 TOKEN_FORMAT = "pairs"       # pairs: (A x_i, A x_i-1, y_i-1); paper: (A x_i, y_i-1)
 COMPARE_IMAGES = True        # give attention the cosines between images (pairs only); False: not
-GUIDED_START = True          # without cosines, layer 1 starts by comparing (paper: looking back)
+GUIDED_START = True          # no cosines: starts comparing (paper: looking back; lstm: class means)
 ATTENTION_SCALE = 2.0        # start of the scale of the scores: from 2 to this over the heads
 OUTPUT_STD = 0.0             # start of what layers add to the stream, times 1/sqrt(its inputs)
 MODEL_SIZE = 128             # width of the residual stream
@@ -476,6 +476,9 @@ class InContextModel(nn.Module):
         if settings.TOKEN_FORMAT == "paper":
             self.positions = nn.Parameter(0.02 * torch.randn(settings.NUM_EXAMPLES, size))
         self.layers = nn.ModuleList(Block(settings, i == 0) for i in range(settings.NUM_LAYERS))
+        if settings.ARCHITECTURE == "lstm" and settings.GUIDED_START and self.positions is None:
+            start_with_class_means(self.layers[0].attention.lstm, self.embed_image.weight,
+                                   self.embed_label.weight)
         self.head = nn.Linear(size, C, bias=False)
         nn.init.zeros_(self.head.weight)
         self.register_buffer("temperature", torch.ones(()))          # set by fit_temperature
@@ -538,6 +541,32 @@ class LSTM(nn.Module):
 
     def state_size(self, length):
         return 2 * self.size
+
+
+@torch.no_grad()
+def start_with_class_means(lstm, embed_image, embed_label):
+    """Make cells of an LSTM start as running means of each class: then it is nearest centroid.
+
+    Its input (D) is a pair token made by embed_image (D / 2, P) and embed_label (D, C). The label
+    opens the input gates of its class's cells, and they forget a quarter. They take in the labelled
+    image along some directions, two cells each, and let out through the query's place along the
+    same, one with each sign: the differences of a class's pairs add up to how like it the query is.
+    """
+    D, half = len(embed_label), len(embed_image)
+    m = D // (2 * C) if half > 2 * C else 0              # directions; what cells are left stay
+    n = 2 * C * m
+    label = torch.cat([embed_label[:half], embed_label[half:]], 1)       # in either image's place
+    free = torch.eye(half) - label @ torch.linalg.pinv(label)
+    image = F.normalize(torch.randn(m, half) @ free, dim=1)
+    image = image.repeat_interleave(2, 0).repeat(C, 1)
+    told = torch.linalg.pinv(embed_label).repeat_interleave(2 * m, 0)
+    sign = torch.tensor([1.0, -1.0]).repeat(n // 2)[:, None]
+    weights, biases = lstm.weight_ih_l0.view(4, D, D), lstm.bias_ih_l0.view(4, D)
+    for matrix in (weights, lstm.weight_hh_l0.view(4, D, D), biases, lstm.bias_hh_l0.view(4, D)):
+        matrix[:, :n] = 0
+    weights[0, :n], biases[0, :n] = 22 * told, -8        # input gate, forget gate, cell, output
+    weights[1, :n], biases[1, :n] = -9.5 * told, 8
+    weights[2, :n, half:], weights[3, :n, :half] = image, 2 * sign * image
 
 
 class OuterProductLSTM(nn.Module):
@@ -1520,6 +1549,7 @@ def load_dataset(name, split, settings, device):
     if name.endswith(".npz"):
         x, y = npz_arrays(name)
         if np.ndim(x) and np.shape(y) == (len(x),):      # the rest is as_dataset's to refuse
+            class_numbers(y, Path(name).stem)            # to name a wrong row as in the file
             order = np.random.default_rng(0).permutation(len(y))       # files may be sorted
             test, train = order[::7], np.delete(order, np.s_[::7])
             order = dict(unseen=order, test=test, train=train)[split]
@@ -1725,8 +1755,9 @@ def check_settings(s):
     for name in ("BIASED_FRACTION", "DECAY_FRACTION", "ADAM_BETA2"):
         if getattr(s, name) > 1:
             raise UserError(f"{name} is {getattr(s, name)}; expected a share from 0 to 1.")
-    if not s.ATTENTION_SCALE:
-        raise UserError("ATTENTION_SCALE=0 leaves nothing to attend by; expected a number above 0.")
+    for name in ("ATTENTION_SCALE", "GRADIENT_CLIP"):
+        if not getattr(s, name):
+            raise UserError(f"{name}=0 leaves nothing to learn by; expected a number above 0.")
     if s.ADAM_BETA2 == 1:
         raise UserError("ADAM_BETA2=1 would never forget; expected a number below 1.")
     if s.MODEL_SIZE % s.NUM_HEADS or s.MODEL_SIZE % 2:
@@ -2662,8 +2693,8 @@ EXPERIMENTS = {
         dict(EVAL_DATASETS="auto,KMNIST?,Random,CIFAR10?,SVHN?"), [
             dict(ARCHITECTURE="transformer", PROJECTION_SIZE=784, MODEL_SIZE=128, NUM_LAYERS=6,
                  STEPS=600, BATCH_SIZE=32, LEARNING_RATE=5e-3),
-            dict(ARCHITECTURE="lstm", PROJECTION_SIZE=784, MODEL_SIZE=128, NUM_LAYERS=2,
-                 STEPS=1500, BATCH_SIZE=32, LEARNING_RATE=1e-3),
+            dict(ARCHITECTURE="lstm", PROJECTION_SIZE=64, MODEL_SIZE=400, NUM_LAYERS=1,
+                 STEPS=400, BATCH_SIZE=32, LEARNING_RATE=1e-3),
             dict(ARCHITECTURE="maml", PROJECTION_SIZE=784, MODEL_SIZE=128, NUM_LAYERS=1,
                  STEPS=600, BATCH_SIZE=16, LEARNING_RATE=1e-3),
             dict(ARCHITECTURE="vsml", PROJECTION_SIZE=64, MODEL_SIZE=64, NUM_LAYERS=1,
@@ -2717,7 +2748,7 @@ def load_tests(name, settings, device, notices):
     if "auto" in wanted:
         wanted = [name, f"{other}?", *(word for word in wanted if word != "auto")]
     tests = {}
-    for word in wanted:
+    for word in dict.fromkeys(wanted):
         word, optional = word.rstrip("?"), word.endswith("?")
         known = Path(word).resolve() == Path(name).resolve()           # a path has many names
         try:
@@ -2727,9 +2758,10 @@ def load_tests(name, settings, device, notices):
                 raise
             notices.append(f"\n*** NOTICE: {error}\n*** It is left out of the evaluation.\n")
             continue
+        row = word if dataset.name in tests else dataset.name          # MNIST and MNIST.npz
         if settings.NUM_TASKS and known:
-            tests[f"{dataset.name}, seen tasks"] = dataset, settings.NUM_TASKS
-        tests[dataset.name] = dataset, 0
+            tests[f"{row}, seen tasks"] = dataset, settings.NUM_TASKS
+        tests[row] = dataset, 0
     if not tests:
         raise UserError("EVAL_DATASETS names no data set that can be had; for example "
                         "--EVAL_DATASETS=MNIST.")

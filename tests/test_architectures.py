@@ -56,6 +56,22 @@ def test_lstm_equals_its_equations(tiny):
     assert layer.state_size(7) == h[0].numel() + c[0].numel()
 
 
+def test_guided_lstm_starts_as_nearest_centroid(tiny, blobs):
+    """Untrained: for each class, the sum over its pairs of cells, the second of each with minus."""
+    torch.manual_seed(0)
+    settings = tiny(ARCHITECTURE="lstm", MODEL_SIZE=400, NUM_LAYERS=1, NUM_EXAMPLES=60)
+    model = gpicl.make_model(settings)
+    x, y = gpicl.draw_sequences(blobs, 64, settings, ("guided",))
+    kept = []
+    model.layers[0].attention.lstm.register_forward_hook(lambda *call: kept.append(call[2][0]))
+    with torch.no_grad():
+        model(x, y)
+    pairs = kept[0].view(64, 60, 10, 20, 2)
+    right = (pairs[..., 0] - pairs[..., 1]).sum(-1).argmax(-1) == y
+    assert right[:, 40:].float().mean() > 0.7            # chance: 0.1
+    assert right[:, 0].float().mean() < 0.3
+
+
 def test_outer_product_lstm_equals_a_plain_loop(tiny):
     torch.manual_seed(0)
     layer, x = gpicl.OuterProductLSTM(tiny(), True), torch.randn(2, 6, 32)

@@ -161,6 +161,15 @@ def test_unknown_and_unusable_data_sets(tiny_flags, fails, tmp_path, blobs):
     assert "can't be read" in error(x=np.array([{}] * 600, object), y=y)
     assert "expected numbers" in error(x=np.full((600, 4), "a"), y=y)
     assert "too few" in error(x=x[:20], y=y[:20])
+    assert "row 3 has NaN" in error(x=x, y=np.where(np.arange(600) == 2, np.nan, y))
+
+
+def test_two_data_sets_of_one_name_get_a_row_each(tiny, blobs_file, tmp_path):
+    other = tmp_path / "other" / "blobs.npz"
+    other.parent.mkdir()
+    other.write_bytes(blobs_file.read_bytes())
+    settings = tiny(EVAL_DATASETS=f"{blobs_file},{blobs_file},{other}")
+    assert [*gpicl.load_tests("none", settings, "cpu", [])] == ["blobs", str(other)]
 
 
 def test_numbers_far_from_zero_keep_their_differences(blobs):

@@ -126,6 +126,7 @@ def test_a_stopped_sweep_says_so_and_keeps_its_runs(number, rendered_dir, tmp_pa
     (["features", "--WAYS=30"], "at most 10 ways"),
     (["features", "--FEATURES_FILE=none.npz"], "there is no file none.npz"),
     (["--ATTENTION_SCALE=0"], "expected a number above 0"),
+    (["--GRADIENT_CLIP=0"], "expected a number above 0"),
     (["--ARCHITECTURE=rnn"], "expected one of transformer, lstm"),
 ])
 def test_wrong_use(arguments, expected, fails, rendered_dir, tmp_path):
