@@ -12,7 +12,7 @@ becomes a learning algorithm: its accuracy rises with the number of examples in 
 a gradient step, on tasks and on whole data sets that it has never seen.
 
     python gpicl_minimal_replication.py                      meta-train on MNIST, test, plot
-    python gpicl_minimal_replication.py quick                the same in about two minutes
+    python gpicl_minimal_replication.py quick                the same with 600 steps
     python gpicl_minimal_replication.py --SEED=3 --BATCH_SIZE=2**6     any setting, by its own name
     python gpicl_minimal_replication.py evaluate ...         the curves of a trained model, any data
     python gpicl_minimal_replication.py classify ...         label the rows of a file by another's
