@@ -282,8 +282,9 @@ def draw_sequences(dataset, n_sequences, settings, key, num_tasks=0, biased_frac
     """Return x (B, T, P) and y (B, T): sequences, each a task applied to its own random images.
 
     A pure function of its arguments: `key` names the place in the random stream. With `num_tasks`
-    the tasks are picked from that many fixed ones, else each is fresh. The first
-    `biased_fraction` of the sequences share one label permutation (paper, Sec. 4.5).
+    the tasks are picked from that many fixed ones, else each is fresh (and x perhaps narrower, see
+    project_afresh). The first `biased_fraction` of the sequences share one label permutation
+    (paper, Sec. 4.5).
     """
     device = dataset.x.device
     generator = stream(device, *key)
