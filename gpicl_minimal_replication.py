@@ -244,8 +244,8 @@ def outputs_read(settings):
     """Return how many of a projection's outputs a model reads one by one: all, unless it is given
     the image cosines; then a sample of them does, since all outputs are alike.
     """
-    most = settings.READ_SIZE if compares_images(settings) else math.inf
-    return min(settings.PROJECTION_SIZE, most)
+    P = settings.PROJECTION_SIZE
+    return min(P, settings.READ_SIZE) if compares_images(settings) else P
 
 
 def project_afresh(coordinates, settings, generator):
@@ -328,7 +328,7 @@ def image_cosines(x, queries):
     j, labelled with labelled, query with query, labelled with query.
     """
     with torch.autocast(x.device.type, enabled=False):
-        gram = (x @ x.mT).float()
+        gram = x @ x.mT
         length = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-12).sqrt()
         query = gram / (length[:, :, None] * length[:, None])
     labelled = shift(query, queries)
