@@ -81,14 +81,14 @@ VALIDATION_IMAGES = 5000     # last training images, never trained on; a quarter
 NUM_TASKS = 0                # 2**k: so many fixed tasks; 0: a fresh task for every sequence
 NUM_EXAMPLES = 100           # examples in a sequence: the last is predicted after 99
 PROJECTION_SIZE = 3072       # numbers that the random projection turns an image into (as paper)
-READ_SIZE = 64               # how many of them a token holds; images are compared in all of them
+READ_SIZE = 64               # how many of them a token holds; image cosines are of all of them
 BIASED_FRACTION = 0.0        # share of each batch with one fixed label permutation (paper: 0.9)
 
 # Model
 ARCHITECTURE = "transformer"  # lstm, outer_lstm, deltanet, mlp, vsml, vsml_free, maml
 TOKEN_FORMAT = "pairs"       # pairs: (A x_i, A x_i-1, y_i-1); paper: (A x_i, y_i-1)
-COMPARE_IMAGES = True        # tell attention how alike images are (pairs only); False: not
-GUIDED_START = True          # untold: starts comparing (paper: looking back; lstm: class means)
+COMPARE_IMAGES = True        # give attention the cosines between images (pairs only); False: not
+GUIDED_START = True          # no cosines: starts comparing (paper: looking back; lstm: class means)
 ATTENTION_SCALE = 2.0        # start of the scale of the scores: from 2 to this over the heads
 OUTPUT_STD = 0.0             # start of what layers add to the stream, times 1/sqrt(its inputs)
 MODEL_SIZE = 128             # width of the residual stream
@@ -162,7 +162,7 @@ QUERIES = 200                                        # rows that are classified 
 MAX_CONTEXT = 2000                                   # of more examples, each pass sees a sample
 OFFSET = 3.0                                         # constant feature, where the others have std 1
 MIXTURE_SCALE = 10.0                                 # makes Adam's steps fit the image mixtures
-FORMAT = "gpicl-3"                                   # of checkpoints
+FORMAT = "gpicl-2"                                   # of checkpoints
 DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)
 CHOICES = dict(DEVICE=("auto", "cuda", "mps", "cpu"), PRECISION=("auto", "bf16", "fp32"),
                TOKEN_FORMAT=("pairs", "paper"), OPTIMIZER=("muon", "adamw"), ARCHITECTURE=(
@@ -242,7 +242,7 @@ def span(images):
 
 def outputs_read(settings):
     """Return how many of a projection's outputs a model reads one by one: all, unless it is given
-    the images' likeness; then a sample of them does, since all outputs are alike.
+    the image cosines; then a sample of them does, since all outputs are alike.
     """
     P = settings.PROJECTION_SIZE
     return min(P, settings.READ_SIZE) if compares_images(settings) else P
@@ -321,52 +321,18 @@ def shift(x, queries):
                       x[:, end - 1:end].expand(-1, queries - 1, -1)], 1)
 
 
-def image_cosines(x):
-    """Return (B, T, T): the cosines of the images x (B, T, P) of each sequence."""
+def image_cosines(x, queries):
+    """Return (4, B, T, T): how alike the images of token i and of token j are.
+
+    A token holds two images, its query x_i and the labelled x_i-1. In order: query i with labelled
+    j, labelled with labelled, query with query, labelled with query.
+    """
     with torch.autocast(x.device.type, enabled=False):
         gram = x @ x.mT
         length = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-12).sqrt()
-        return gram / (length[:, :, None] * length[:, None])
-
-
-def correlations(alike, queries, prior=0.1):
-    """Return (B, T, T): whether images i and j are alike to the same others, from -1 to 1.
-
-    It is the correlation of rows i and j of `alike` (B, T, T), symmetric, over those examples but
-    themselves that come before the later of the two; `prior` (summed squares) makes it small where
-    they are few. So two images of a kind that share few pixels are found by those between them.
-    Done again with the result it goes on sorting the images into blocks (Breiger et al. 1975).
-    """
-    i = torch.arange(alike.shape[1], device=alike.device)
-    known = (i < i.clamp(max=len(i) - queries)[:, None]).float()
-    n = (known.sum(1, keepdim=True) - known).clamp(min=1)
-
-    def spread(sums, squares):
-        return (squares - sums.square() / n).clamp_min(0) + prior
-
-    with torch.autocast(alike.device.type, enabled=False):
-        row, column = alike * known, alike * (i != i[:, None])
-        row_sum, column_sum = row.sum(2, keepdim=True) - row, known @ column
-        row_squares = row.square().sum(2, keepdim=True) - row.square()
-        together = row @ column - row_sum * column_sum / n
-        below = (together * (spread(row_sum, row_squares) * spread(
-            column_sum, known @ column.square())).rsqrt()).tril(-1)
-    return below + below.mT + torch.eye(len(i), device=alike.device)
-
-
-def image_likeness(x, queries):
-    """Return (8, B, T, T): how alike the images of token i and of token j are.
-
-    A token holds two images, its query x_i and the labelled x_i-1. In order: query i with labelled
-    j, labelled with labelled, by their cosines; by correlations of these; by correlations of those;
-    and, by cosines, query with query, labelled with query.
-    """
-    cosines, found = image_cosines(x), []
-    first = correlations(cosines, queries)
-    for alike in (cosines, first, correlations(first, queries)):
-        labelled = shift(alike, queries).mT
-        found += [labelled, shift(labelled, queries)]
-    return torch.stack([*found, cosines, found[0].mT])
+        query = gram / (length[:, :, None] * length[:, None])
+    labelled = shift(query, queries)
+    return torch.stack([labelled.mT, shift(labelled.mT, queries), query, labelled])
 
 
 def causal_mask(length, queries, device):
@@ -377,7 +343,7 @@ def causal_mask(length, queries, device):
 
 
 def compares_images(settings):
-    """Return whether attention is told how alike the images are."""
+    """Return whether attention is given the cosines between images."""
     return settings.ARCHITECTURE == "transformer" and settings.TOKEN_FORMAT == "pairs" and (
         settings.COMPARE_IMAGES)
 
@@ -397,7 +363,7 @@ class Surroundings(NamedTuple):
     x: torch.Tensor                        # (B, T, P) projected images
     queries: int                           # how many of the last are asked about side by side
     sharpness: float | torch.Tensor        # (T, 1) factor of the scores from sharpness(), or 1
-    likeness: torch.Tensor | None          # (8, B, T, T) from image_likeness
+    cosines: torch.Tensor | None           # (4, B, T, T) from image_cosines
     mask: torch.Tensor | None              # (T, T) from causal_mask; None: simply causal
 
 
@@ -414,7 +380,7 @@ def residual_output(inputs, outputs, settings):
 class Attention(nn.Module):
     """Causal multi-head attention with normalised queries and keys and a learnt scale per head.
 
-    With COMPARE_IMAGES every head adds a learnt mixture of the images' likeness to its scores.
+    With COMPARE_IMAGES every head adds a learnt mixture of the four image cosines to its scores.
     So images are compared in full: the residual stream's few numbers would blur their distances.
     The mixtures start as nearest-neighbour look-ups of several sharpnesses, in the first layer
     between query and labelled images, later half of them among labelled images.
@@ -432,7 +398,7 @@ class Attention(nn.Module):
             math.log(2), math.log(settings.ATTENTION_SCALE), self.heads))
         self.mixture = self.glance = self.back = None
         if compares_images(settings):
-            start = torch.zeros(self.heads, 8)           # to hold sharpnesses of 8 ... 32
+            start = torch.zeros(self.heads, 4)           # to hold sharpnesses of 8 ... 32
             for head in range(self.heads):
                 start[head, 0 if first else head % 2] = 8 * 4 ** (head / max(1, self.heads - 1))
             self.mixture = nn.Parameter(start / MIXTURE_SCALE)
@@ -463,7 +429,7 @@ class Attention(nn.Module):
             # Written out: fused kernels take no learnt bias, or are slower with one. In fp32, since
             # bf16 would round a score of 32 to a multiple of 1/4.
             with torch.autocast(h.device.type, enabled=False):
-                scores = MIXTURE_SCALE * self.mixture @ around.likeness.flatten(1)
+                scores = MIXTURE_SCALE * self.mixture @ around.cosines.flatten(1)
             scores = scores.view(-1, B, T, T) + q @ k.mT + around.mask   # in place is slower
             mixed = scores.softmax(-1).to(v.dtype) @ v
         return self.out(mixed.permute(1, 2, 0, 3).reshape(B, T, D))
@@ -535,7 +501,7 @@ class InContextModel(nn.Module):
         if T - queries > trained:
             sharp = sharpness(T, queries, trained, x.device)
         around = Surroundings(
-            x, queries, sharp, image_likeness(x, queries) * sharp if compare else None,
+            x, queries, sharp, image_cosines(x, queries) * sharp if compare else None,
             causal_mask(T, queries, x.device) if compare or masked or queries > 1 else None)
         for layer in self.layers:
             h = layer(h, around)

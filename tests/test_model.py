@@ -71,42 +71,6 @@ def test_no_label_is_unlike_every_class(form, tiny):
     assert min((a - b).abs().max() for i, a in enumerate(outputs) for b in outputs[:i]) > 1e-4
 
 
-def cosines_by_loops(x):
-    return torch.stack([torch.stack([torch.cosine_similarity(a, b, 0) for b in x]) for a in x])
-
-
-def correlations_by_loops(alike, prior=0.1):
-    n = len(alike)
-    found = torch.eye(n)
-    for i in range(n):
-        for j in range(i):
-            others = [k for k in range(i) if k != j]
-            a, b = alike[i, others], alike[j, others]
-            a, b = (a - a.mean(), b - b.mean()) if others else (a, b)
-            found[i, j] = found[j, i] = (a @ b) / ((a @ a + prior) * (b @ b + prior)).sqrt()
-    return found
-
-
-def test_correlations_equal_plain_loops_and_find_blocks():
-    torch.manual_seed(0)
-    cosines = gpicl.image_cosines(torch.randn(2, 9, 20))
-    for found, alike in zip(gpicl.correlations(cosines, 1), cosines):
-        assert torch.allclose(found, correlations_by_loops(alike), atol=1e-5)
-    # With several queries, each is as if it came right after the context.
-    together = gpicl.correlations(cosines, 3)
-    for query in (6, 7, 8):
-        kept = [0, 1, 2, 3, 4, 5, query]
-        alone = gpicl.correlations(cosines[:, kept][:, :, kept], 1)
-        assert torch.allclose(together[:, query, :6], alone[:, 6, :6], atol=1e-5)
-    # Images of a kind that share nothing are found by those between them.
-    kind = torch.arange(40) % 2
-    chain = torch.zeros(40, 40).fill_diagonal_(1)
-    near = (torch.arange(40)[:, None] - torch.arange(40)).abs() <= 20
-    chain[near & (kind[:, None] == kind)] = 0.9
-    last = gpicl.correlations(chain[None], 1)[0, 39]
-    assert chain[39, 15] == chain[39, 14] == 0 and last[15] > 0.2 > 0 > last[14]
-
-
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("first", [True, False])
 def test_attention_equals_a_plain_loop(form, first, tiny):
@@ -118,8 +82,11 @@ def test_attention_equals_a_plain_loop(form, first, tiny):
     h, x = torch.randn(2, 6, 32), torch.randn(2, 6, 32)
     compare = attention.mixture is not None
     found = attention(h, gpicl.Surroundings(
-        x, 1, 1.0, gpicl.image_likeness(x, 1) if compare else None,
+        x, 1, 1.0, gpicl.image_cosines(x, 1) if compare else None,
         gpicl.causal_mask(6, 1, "cpu") if compare or attention.back is not None else None))
+
+    def unit(v):
+        return v / v.norm().clamp_min(1e-6)
 
     def standard(v):
         return (v - v.mean()) / (v.var(correction=0) + 1e-5).sqrt()
@@ -128,9 +95,6 @@ def test_attention_equals_a_plain_loop(form, first, tiny):
         return x[b, i] if i >= 0 else torch.zeros(32)
 
     for b in range(2):
-        cosines = cosines_by_loops(x[b])
-        first = correlations_by_loops(cosines)
-        second = correlations_by_loops(first)
         q, k, v = attention.qkv(h[b]).split(32, -1)
         for i in range(6):
             heads = []
@@ -144,13 +108,10 @@ def test_attention_equals_a_plain_loop(form, first, tiny):
                         key = attention.glance(image(b, j - 1))[wide]
                     score = attention.log_scale[n].exp() * (standard(query) * standard(key)).mean()
                     if attention.mixture is not None:
-                        asked, labelled = (i, j - 1), (i - 1, j - 1)
-                        terms = [(alike, pair) for alike in (cosines, first, second)
-                                 for pair in (asked, labelled)]
-                        terms += [(cosines, (i, j)), (cosines, (i - 1, j))]
+                        pairs = [(i, j - 1), (i - 1, j - 1), (i, j), (i - 1, j)]
                         score = score + gpicl.MIXTURE_SCALE * sum(
-                            w * (alike[a, c] if min(a, c) >= 0 else 0)
-                            for w, (alike, (a, c)) in zip(attention.mixture[n], terms))
+                            w * (unit(image(b, a)) @ unit(image(b, c)))
+                            for w, (a, c) in zip(attention.mixture[n], pairs))
                     if attention.back is not None and j == i - 1:
                         score = score + attention.back[n].item()
                     scores.append(score)
