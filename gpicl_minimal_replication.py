@@ -162,7 +162,7 @@ QUERIES = 200                                        # rows that are classified 
 MAX_CONTEXT = 2000                                   # of more examples, each pass sees a sample
 OFFSET = 3.0                                         # constant feature, where the others have std 1
 MIXTURE_SCALE = 10.0                                 # makes Adam's steps fit the image mixtures
-FORMAT = "gpicl-2"                                   # of checkpoints
+FORMAT = "gpicl-3"                                   # of checkpoints
 DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)
 CHOICES = dict(DEVICE=("auto", "cuda", "mps", "cpu"), PRECISION=("auto", "bf16", "fp32"),
                TOKEN_FORMAT=("pairs", "paper"), OPTIMIZER=("muon", "adamw"), ARCHITECTURE=(
@@ -214,15 +214,16 @@ def draw_task(seed, i, n_pixels, size, device):
     return projection, torch.randperm(C, generator=generator, device=device)
 
 
-def cholesky(matrix):
-    """Return the lower triangular L (B, T, T) with L L' = matrix; works for singular matrices too.
+def cholesky(matrix, columns=None):
+    """Return the lower triangular L (B, T, T) with L L' = matrix, or so many columns of it; works
+    for singular matrices too.
 
     Our own because torch's doesn't run on every device and stops at singular matrices, which
     identical or low-dimensional inputs give: here a vanishing pivot gives a column of zeros.
     """
-    lower = torch.zeros_like(matrix)
+    lower = torch.zeros_like(matrix)[..., :columns]
     floor = 1e-6 * matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True) + 1e-30
-    for j in range(matrix.shape[-1]):
+    for j in range(lower.shape[-1]):
         column = matrix[:, j:, j] - (lower[:, j:, :j] @ lower[:, j, :j, None])[..., 0]
         pivot = column[:, :1]
         lower[:, j:, j] = torch.where(pivot > floor, column * pivot.clamp_min(floor).rsqrt(), 0)
@@ -335,6 +336,24 @@ def image_cosines(x, queries):
     return torch.stack([labelled.mT, shift(labelled.mT, queries), query, labelled])
 
 
+def ridge_weights(cosines, queries, width=0.25, penalty=0.03):
+    """Return (B, T, T): what token j's label weighs in a kernel ridge regression for query i.
+
+    w_i = (K + penalty)^-1 k_i, with K = exp((cosines - 1) / width) among the examples before i: a
+    least-squares look-up (the mesa-layer of von Oswald et al. 2023), whose weights may be negative.
+    All of them follow from one factor L L' = K + penalty, since its first rows and columns are the
+    factor for the first examples, and row i left of the diagonal is L_i^-1 k_i.
+    """
+    T, n = cosines.shape[1], cosines.shape[1] - queries
+    with torch.autocast(cosines.device.type, enabled=False):
+        kernel = ((cosines - 1) / width).exp()
+        lower = cholesky(kernel + penalty * torch.eye(T, device=kernel.device), n)
+        weights = torch.linalg.solve_triangular(
+            lower[:, :n], lower.tril(-1), upper=False, left=False)
+    labelled = shift(F.pad(weights, (0, queries)).mT, queries).mT        # as the tokens hold them
+    return torch.where(causal_mask(T, queries, cosines.device) == 0, labelled, 0)
+
+
 def causal_mask(length, queries, device):
     """Return (T, T): 0 where row i may look at column j, minus infinity elsewhere."""
     i = torch.arange(length, device=device)
@@ -364,6 +383,7 @@ class Surroundings(NamedTuple):
     queries: int                           # how many of the last are asked about side by side
     sharpness: float | torch.Tensor        # (T, 1) factor of the scores from sharpness(), or 1
     cosines: torch.Tensor | None           # (4, B, T, T) from image_cosines
+    ridge: torch.Tensor | None             # (B, T, T) from ridge_weights
     mask: torch.Tensor | None              # (T, T) from causal_mask; None: simply causal
 
 
@@ -383,7 +403,8 @@ class Attention(nn.Module):
     With COMPARE_IMAGES every head adds a learnt mixture of the four image cosines to its scores.
     So images are compared in full: the residual stream's few numbers would blur their distances.
     The mixtures start as nearest-neighbour look-ups of several sharpnesses, in the first layer
-    between query and labelled images, later half of them among labelled images.
+    between query and labelled images, later half of them among labelled images. And every head adds
+    to what it finds a learnt multiple of a ridge regression of its values, one at first in layer 1.
     Without, the first layer's queries and keys are learnt projections of the images, wider than the
     stream and tied: the black-box way to compare images well. With TOKEN_FORMAT "paper" its heads
     start by looking at the token before, whose image is that of the label in this token.
@@ -396,12 +417,13 @@ class Attention(nn.Module):
         self.out = residual_output(size, size, settings)
         self.log_scale = nn.Parameter(torch.linspace(
             math.log(2), math.log(settings.ATTENTION_SCALE), self.heads))
-        self.mixture = self.glance = self.back = None
+        self.mixture = self.ridge = self.glance = self.back = None
         if compares_images(settings):
             start = torch.zeros(self.heads, 4)           # to hold sharpnesses of 8 ... 32
             for head in range(self.heads):
                 start[head, 0 if first else head % 2] = 8 * 4 ** (head / max(1, self.heads - 1))
             self.mixture = nn.Parameter(start / MIXTURE_SCALE)
+            self.ridge = nn.Parameter(torch.full((self.heads, 1, 1, 1), float(first)))
         elif settings.GUIDED_START and first and settings.TOKEN_FORMAT == "paper":
             self.back = nn.Parameter(torch.full((self.heads, 1, 1, 1), 10.0))
         elif settings.GUIDED_START and first:
@@ -432,6 +454,9 @@ class Attention(nn.Module):
                 scores = MIXTURE_SCALE * self.mixture @ around.cosines.flatten(1)
             scores = scores.view(-1, B, T, T) + q @ k.mT + around.mask   # in place is slower
             mixed = scores.softmax(-1).to(v.dtype) @ v
+            values = v.permute(1, 2, 0, 3).reshape(B, T, D)              # of all heads at once
+            mixed = mixed + self.ridge * (around.ridge.to(v.dtype) @ values).view(
+                B, T, self.heads, -1).permute(2, 0, 1, 3)
         return self.out(mixed.permute(1, 2, 0, 3).reshape(B, T, D))
 
     def state_size(self, length):
@@ -500,8 +525,10 @@ class InContextModel(nn.Module):
         sharp, trained = 1.0, max(2, self.settings.NUM_EXAMPLES - 1)
         if T - queries > trained:
             sharp = sharpness(T, queries, trained, x.device)
+        cosines = image_cosines(x, queries) if compare else None
         around = Surroundings(
-            x, queries, sharp, image_cosines(x, queries) * sharp if compare else None,
+            x, queries, sharp, cosines * sharp if compare else None,
+            ridge_weights(cosines[2], queries) if compare else None,
             causal_mask(T, queries, x.device) if compare or masked or queries > 1 else None)
         for layer in self.layers:
             h = layer(h, around)

@@ -71,6 +71,29 @@ def test_no_label_is_unlike_every_class(form, tiny):
     assert min((a - b).abs().max() for i, a in enumerate(outputs) for b in outputs[:i]) > 1e-4
 
 
+def ridge_by_loops(x, i, width=0.25, penalty=0.03):
+    """What the examples before i weigh in a kernel ridge regression, one system at a time."""
+    unit = torch.nn.functional.normalize(x[:i + 1].double(), dim=1)
+    kernel = ((unit @ unit.T - 1) / width).exp()
+    return torch.linalg.solve(kernel[:i, :i] + penalty * torch.eye(i), kernel[:i, i]).float()
+
+
+def test_ridge_weights_equal_plain_systems():
+    x = torch.randn(2, 9, 20)
+    cosines = gpicl.image_cosines(x, 1)[2]
+    found = gpicl.ridge_weights(cosines, 1)
+    together = gpicl.ridge_weights(cosines, 3)           # after 6 examples each
+    for b in range(2):
+        for i in range(9):                               # token j holds the label of example j - 1
+            assert torch.allclose(found[b, i, 1:i + 1], ridge_by_loops(x[b], i), atol=1e-4)
+            assert not found[b, i, 0] and not found[b, i, i + 1:].any()
+        for query in (6, 7, 8):
+            expected = ridge_by_loops(x[b][[0, 1, 2, 3, 4, 5, query]], 6)
+            assert torch.allclose(together[b, query, 1:6], expected[:-1], atol=1e-4)
+            assert torch.allclose(together[b, query, query], expected[-1], atol=1e-4)
+            assert together[b, query].count_nonzero() == 6
+
+
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("first", [True, False])
 def test_attention_equals_a_plain_loop(form, first, tiny):
@@ -79,10 +102,13 @@ def test_attention_equals_a_plain_loop(form, first, tiny):
     torch.nn.init.normal_(attention.out.weight, std=0.2)
     if attention.mixture is not None:
         torch.nn.init.normal_(attention.mixture)
+        torch.nn.init.normal_(attention.ridge)
     h, x = torch.randn(2, 6, 32), torch.randn(2, 6, 32)
     compare = attention.mixture is not None
+    cosines = gpicl.image_cosines(x, 1)
     found = attention(h, gpicl.Surroundings(
-        x, 1, 1.0, gpicl.image_cosines(x, 1) if compare else None,
+        x, 1, 1.0, cosines if compare else None,
+        gpicl.ridge_weights(cosines[2], 1) if compare else None,
         gpicl.causal_mask(6, 1, "cpu") if compare or attention.back is not None else None))
 
     def unit(v):
@@ -117,6 +143,9 @@ def test_attention_equals_a_plain_loop(form, first, tiny):
                     scores.append(score)
                 weights = torch.stack(scores).softmax(0)
                 heads.append(sum(w * v[j, part] for j, w in enumerate(weights)))
+                if compare:
+                    heads[-1] = heads[-1] + attention.ridge[n].item() * sum(
+                        w * v[j + 1, part] for j, w in enumerate(ridge_by_loops(x[b], i)))
             expected = attention.out(torch.cat(heads))
             assert torch.allclose(found[b, i], expected, atol=1e-4)
 
