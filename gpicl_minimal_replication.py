@@ -88,6 +88,7 @@ BIASED_FRACTION = 0.0        # share of each batch with one fixed label permutat
 ARCHITECTURE = "transformer"  # lstm, outer_lstm, deltanet, mlp, vsml, vsml_free, maml
 TOKEN_FORMAT = "pairs"       # pairs: (A x_i, A x_i-1, y_i-1); paper: (A x_i, y_i-1)
 COMPARE_IMAGES = True        # give attention the cosines between images (pairs only); False: not
+RIDGE_ATTENTION = True       # heads add a ridge regression of their values (with cosines only)
 GUIDED_START = True          # no cosines: starts comparing (paper: looking back; lstm: class means)
 ATTENTION_SCALE = 2.0        # start of the scale of the scores: from 2 to this over the heads
 OUTPUT_STD = 0.0             # start of what layers add to the stream, times 1/sqrt(its inputs)
@@ -403,8 +404,10 @@ class Attention(nn.Module):
     With COMPARE_IMAGES every head adds a learnt mixture of the four image cosines to its scores.
     So images are compared in full: the residual stream's few numbers would blur their distances.
     The mixtures start as nearest-neighbour look-ups of several sharpnesses, in the first layer
-    between query and labelled images, later half of them among labelled images. And every head adds
-    to what it finds a learnt multiple of a ridge regression of its values, one at first in layer 1.
+    between query and labelled images, later half of them among labelled images.
+    With RIDGE_ATTENTION every head adds to what it finds a learnt multiple of a kernel ridge
+    regression of its values: where the labels it saw lie, by least squares instead of likeness. The
+    multiples start at one in layer 1, at zero in the others.
     Without, the first layer's queries and keys are learnt projections of the images, wider than the
     stream and tied: the black-box way to compare images well. With TOKEN_FORMAT "paper" its heads
     start by looking at the token before, whose image is that of the label in this token.
@@ -423,7 +426,8 @@ class Attention(nn.Module):
             for head in range(self.heads):
                 start[head, 0 if first else head % 2] = 8 * 4 ** (head / max(1, self.heads - 1))
             self.mixture = nn.Parameter(start / MIXTURE_SCALE)
-            self.ridge = nn.Parameter(torch.full((self.heads, 1, 1, 1), float(first)))
+            if settings.RIDGE_ATTENTION:
+                self.ridge = nn.Parameter(torch.full((self.heads, 1, 1, 1), float(first)))
         elif settings.GUIDED_START and first and settings.TOKEN_FORMAT == "paper":
             self.back = nn.Parameter(torch.full((self.heads, 1, 1, 1), 10.0))
         elif settings.GUIDED_START and first:
@@ -454,9 +458,10 @@ class Attention(nn.Module):
                 scores = MIXTURE_SCALE * self.mixture @ around.cosines.flatten(1)
             scores = scores.view(-1, B, T, T) + q @ k.mT + around.mask   # in place is slower
             mixed = scores.softmax(-1).to(v.dtype) @ v
+        if self.ridge is not None:
             values = v.permute(1, 2, 0, 3).reshape(B, T, D)              # of all heads at once
-            mixed = mixed + self.ridge * (around.ridge.to(v.dtype) @ values).view(
-                B, T, self.heads, -1).permute(2, 0, 1, 3)
+            found = (around.ridge.to(v.dtype) @ values).view(B, T, self.heads, -1)
+            mixed = mixed + self.ridge * found.permute(2, 0, 1, 3)
         return self.out(mixed.permute(1, 2, 0, 3).reshape(B, T, D))
 
     def state_size(self, length):
@@ -528,7 +533,8 @@ class InContextModel(nn.Module):
         cosines = image_cosines(x, queries) if compare else None
         around = Surroundings(
             x, queries, sharp, cosines * sharp if compare else None,
-            ridge_weights(cosines[2], queries) if compare else None,
+            ridge_weights(cosines[2], queries) if compare and self.settings.RIDGE_ATTENTION
+            else None,
             causal_mask(T, queries, x.device) if compare or masked or queries > 1 else None)
         for layer in self.layers:
             h = layer(h, around)

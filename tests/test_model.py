@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import gpicl
 
-FORMATS = [dict(TOKEN_FORMAT="pairs"), dict(TOKEN_FORMAT="pairs", COMPARE_IMAGES=False),
-           dict(TOKEN_FORMAT="paper")]
+FORMATS = [dict(TOKEN_FORMAT="pairs"), dict(TOKEN_FORMAT="pairs", RIDGE_ATTENTION=False),
+           dict(TOKEN_FORMAT="pairs", COMPARE_IMAGES=False), dict(TOKEN_FORMAT="paper")]
 
 
 def lively_model(settings):
@@ -102,6 +102,7 @@ def test_attention_equals_a_plain_loop(form, first, tiny):
     torch.nn.init.normal_(attention.out.weight, std=0.2)
     if attention.mixture is not None:
         torch.nn.init.normal_(attention.mixture)
+    if attention.ridge is not None:
         torch.nn.init.normal_(attention.ridge)
     h, x = torch.randn(2, 6, 32), torch.randn(2, 6, 32)
     compare = attention.mixture is not None
@@ -143,7 +144,7 @@ def test_attention_equals_a_plain_loop(form, first, tiny):
                     scores.append(score)
                 weights = torch.stack(scores).softmax(0)
                 heads.append(sum(w * v[j, part] for j, w in enumerate(weights)))
-                if compare:
+                if attention.ridge is not None:
                     heads[-1] = heads[-1] + attention.ridge[n].item() * sum(
                         w * v[j + 1, part] for j, w in enumerate(ridge_by_loops(x[b], i)))
             expected = attention.out(torch.cat(heads))
