@@ -338,7 +338,8 @@ def image_cosines(x, queries):
 
 
 def ridge_weights(cosines, queries, width=0.25, penalty=0.03):
-    """Return (B, T, T): what token j's label weighs in a kernel ridge regression for query i.
+    """Return (B, T, T): what token j's label weighs in a kernel ridge regression for query i, from
+    the images' cosines (B, T, T).
 
     w_i = (K + penalty)^-1 k_i, with K = exp((cosines - 1) / width) among the examples before i: a
     least-squares look-up (the mesa-layer of von Oswald et al. 2023), whose weights may be negative.
@@ -408,9 +409,9 @@ class Attention(nn.Module):
     With RIDGE_ATTENTION every head adds to what it finds a learnt multiple of a kernel ridge
     regression of its values: where the labels it saw lie, by least squares instead of likeness. The
     multiples start at one in layer 1, at zero in the others.
-    Without, the first layer's queries and keys are learnt projections of the images, wider than the
-    stream and tied: the black-box way to compare images well. With TOKEN_FORMAT "paper" its heads
-    start by looking at the token before, whose image is that of the label in this token.
+    Without COMPARE_IMAGES, the first layer's queries and keys are learnt projections of the images,
+    wider than the stream and tied: the black-box way to compare them well. With TOKEN_FORMAT
+    "paper" its heads start by looking at the token before, whose image the label here belongs to.
     """
 
     def __init__(self, settings, first):
