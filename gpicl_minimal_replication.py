@@ -337,9 +337,9 @@ def image_cosines(x, queries):
     return torch.stack([labelled.mT, shift(labelled.mT, queries), query, labelled])
 
 
-def ridge_weights(cosines, queries, width=0.25, penalty=0.03):
+def ridge_weights(cosines, queries, mask, width=0.25, penalty=0.03):
     """Return (B, T, T): what token j's label weighs in a kernel ridge regression for query i, from
-    the images' cosines (B, T, T).
+    the images' cosines (B, T, T), where `mask` (T, T) lets it look.
 
     w_i = (K + penalty)^-1 k_i, with K = exp((cosines - 1) / width) among the examples before i: a
     least-squares look-up (the mesa-layer of von Oswald et al. 2023), whose weights may be negative.
@@ -353,7 +353,7 @@ def ridge_weights(cosines, queries, width=0.25, penalty=0.03):
         weights = torch.linalg.solve_triangular(
             lower[:, :n], lower.tril(-1), upper=False, left=False)
     labelled = shift(F.pad(weights, (0, queries)).mT, queries).mT        # as the tokens hold them
-    return torch.where(causal_mask(T, queries, cosines.device) == 0, labelled, 0)
+    return torch.where(mask == 0, labelled, 0)
 
 
 def causal_mask(length, queries, device):
@@ -531,12 +531,11 @@ class InContextModel(nn.Module):
         sharp, trained = 1.0, max(2, self.settings.NUM_EXAMPLES - 1)
         if T - queries > trained:
             sharp = sharpness(T, queries, trained, x.device)
+        mask = causal_mask(T, queries, x.device) if compare or masked or queries > 1 else None
         cosines = image_cosines(x, queries) if compare else None
-        around = Surroundings(
-            x, queries, sharp, cosines * sharp if compare else None,
-            ridge_weights(cosines[2], queries) if compare and self.settings.RIDGE_ATTENTION
-            else None,
-            causal_mask(T, queries, x.device) if compare or masked or queries > 1 else None)
+        ridge = compare and self.settings.RIDGE_ATTENTION
+        around = Surroundings(x, queries, sharp, cosines * sharp if compare else None,
+                              ridge_weights(cosines[2], queries, mask) if ridge else None, mask)
         for layer in self.layers:
             h = layer(h, around)
         return self.head(norm(h))

@@ -81,8 +81,9 @@ def ridge_by_loops(x, i, width=0.25, penalty=0.03):
 def test_ridge_weights_equal_plain_systems():
     x = torch.randn(2, 9, 20)
     cosines = gpicl.image_cosines(x, 1)[2]
-    found = gpicl.ridge_weights(cosines, 1)
-    together = gpicl.ridge_weights(cosines, 3)           # after 6 examples each
+    found = gpicl.ridge_weights(cosines, 1, gpicl.causal_mask(9, 1, "cpu"))
+    together = gpicl.ridge_weights(                      # after 6 examples each
+        cosines, 3, gpicl.causal_mask(9, 3, "cpu"))
     for b in range(2):
         for i in range(9):                               # token j holds the label of example j - 1
             assert torch.allclose(found[b, i, 1:i + 1], ridge_by_loops(x[b], i), atol=1e-4)
@@ -106,11 +107,11 @@ def test_attention_equals_a_plain_loop(form, first, tiny):
         torch.nn.init.normal_(attention.ridge)
     h, x = torch.randn(2, 6, 32), torch.randn(2, 6, 32)
     compare = attention.mixture is not None
-    cosines = gpicl.image_cosines(x, 1)
+    cosines, mask = gpicl.image_cosines(x, 1), gpicl.causal_mask(6, 1, "cpu")
     found = attention(h, gpicl.Surroundings(
         x, 1, 1.0, cosines if compare else None,
-        gpicl.ridge_weights(cosines[2], 1) if compare else None,
-        gpicl.causal_mask(6, 1, "cpu") if compare or attention.back is not None else None))
+        gpicl.ridge_weights(cosines[2], 1, mask) if compare else None,
+        mask if compare or attention.back is not None else None))
 
     def unit(v):
         return v / v.norm().clamp_min(1e-6)
