@@ -163,7 +163,7 @@ QUERIES = 200                                        # rows that are classified 
 MAX_CONTEXT = 2000                                   # of more examples, each pass sees a sample
 OFFSET = 3.0                                         # constant feature, where the others have std 1
 MIXTURE_SCALE = 10.0                                 # makes Adam's steps fit the image mixtures
-FORMAT = "gpicl-3"                                   # of checkpoints
+FORMAT = "gpicl-4"                                   # of checkpoints
 DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)
 CHOICES = dict(DEVICE=("auto", "cuda", "mps", "cpu"), PRECISION=("auto", "bf16", "fp32"),
                TOKEN_FORMAT=("pairs", "paper"), OPTIMIZER=("muon", "adamw"), ARCHITECTURE=(
@@ -513,7 +513,6 @@ class InContextModel(nn.Module):
                                    self.embed_label.weight)
         self.head = nn.Linear(size, C, bias=False)
         nn.init.zeros_(self.head.weight)
-        self.register_buffer("temperature", torch.ones(()))          # set by fit_temperature
 
     def forward(self, x, y, queries=1):
         """Return logits (B, T, C) for x (B, T, P) and y (B, T); those of i never use y_i.
@@ -711,7 +710,6 @@ class VSML(nn.Module):
         self.backward_message = nn.Linear(2, 4 * n)
         self.recurrent = nn.Linear(n, 4 * n, bias=False)
         self.up = nn.Linear(n, 1, bias=False)
-        self.register_buffer("temperature", torch.ones(()))
 
     def forward(self, x, y):
         """Return logits (B, T, C) for x (B, T, P) and y (B, T), one example after another."""
@@ -756,7 +754,6 @@ class MAML(nn.Module):
         self.start = nn.ParameterList(
             torch.randn(shape) * (shape[0] > 1) * (2 / shape[0])**0.5 for shape in shapes)
         self.log_rates = nn.Parameter(torch.full((steps, len(shapes)), math.log(0.1)))
-        self.register_buffer("temperature", torch.ones(()))
 
     def forward(self, x, y):
         """Return logits (B, T, C) for x (B, T, P) and y (B, T)."""
@@ -1042,7 +1039,8 @@ def classical_labels(gram, y):
 
 @torch.no_grad()
 def predictions(model, dataset, n_sequences, settings, precision, num_tasks=0, lengths=()):
-    """Return ({learner: predicted labels (n, ...)}, labels y (n, T), our last logits (n, C)).
+    """Return ({learner: predicted labels (n, ...)}, labels y (n, T), our last logits (n, C), their
+    context_temperature (n,)).
 
     Ours after 0 .. T - 1 examples; the classical learners', on the same sequences, after each
     number of examples in `lengths`.
@@ -1050,26 +1048,27 @@ def predictions(model, dataset, n_sequences, settings, precision, num_tasks=0, l
     parts = []
     for x, y in evaluation_batches(dataset, n_sequences, settings, num_tasks):
         logits = logits_of(model, x, y, precision)
+        temperature = context_temperature(logits[:, :-1], y[:, :-1]).cpu()
         found, y = {"Transformer": logits.argmax(-1).cpu()}, y.cpu()
         if len(lengths):
             gram = (x @ x.mT).cpu()
             labels = [classical_labels(gram[:, :n + 1, :n + 1], y[:, :n]) for n in lengths]
             found |= {name: torch.stack([some[name] for some in labels], 1) for name in CLASSICAL}
-        parts.append((found, y, logits[:, -1].cpu().clone()))      # no view of all of them
-    found, y, last = zip(*parts)
+        parts.append((found, y, logits[:, -1].cpu().clone(), temperature))   # no view of all
+    found, y, last, temperature = zip(*parts)
     return ({name: torch.cat([part[name] for part in found]).numpy() for name in found[0]},
-            torch.cat(y).numpy(), torch.cat(last))
+            torch.cat(y).numpy(), torch.cat(last), torch.cat(temperature))
 
 
 def count_hits(model, dataset, n_sequences, settings, precision, num_tasks=0, lengths=()):
     """Return {learner: in how many sequences it was right} for `predictions`, and our logits (n, C)
-    for the last examples, with their labels (n,).
+    for the last examples, with their temperatures and labels (n,).
     """
-    found, y, last = predictions(model, dataset, n_sequences, settings, precision, num_tasks,
-                                 lengths)
+    found, y, *last = predictions(model, dataset, n_sequences, settings, precision, num_tasks,
+                                  lengths)
     hits = {name: (labels == (y if name == "Transformer" else y[:, list(lengths)])).sum(0)
             for name, labels in found.items()}
-    return hits, last, torch.from_numpy(y[:, -1])
+    return hits, *last, torch.from_numpy(y[:, -1])
 
 
 @torch.no_grad()
@@ -1106,7 +1105,7 @@ def evaluate(model, dataset, settings, precision, num_tasks=0):
     its 95 % interval low, high.
     """
     n, lengths = settings.EVAL_SEQUENCES, context_lengths(settings)[1:]
-    hits, logits, y = count_hits(model, dataset, n, settings, precision, num_tasks, lengths)
+    hits, logits, t, y = count_hits(model, dataset, n, settings, precision, num_tasks, lengths)
     found = {name: (range(len(counts)) if name == "Transformer" else lengths, counts)
              for name, counts in hits.items()}
     if settings.AVERAGED_PASSES and not num_tasks:
@@ -1117,17 +1116,22 @@ def evaluate(model, dataset, settings, precision, num_tasks=0):
         low, high = interval(hits, n)
         curves[name] = dict(examples=list(examples), accuracy=(hits / n).tolist(),
                             low=low.tolist(), high=high.tolist(), sequences=n)
-    tempered = logits / model.temperature.cpu()
-    return curves, dict(raw=calibration_error(logits.softmax(1), y),
-                        fitted=calibration_error(tempered.softmax(1), y))
+    return curves, dict(
+        raw=calibration_error(logits.softmax(1), y),
+        fitted=calibration_error((logits / t[:, None]).softmax(1), y))
 
 
-def fit_temperature(model, validation, settings, precision):
-    """Set the temperature that makes the model's probabilities fit validation tasks best."""
-    _, logits, y = count_hits(model, validation, settings.ROW_SEQUENCES, settings, precision)
-    grid = torch.logspace(-0.5, 0.5, 101)
-    losses = torch.stack([F.cross_entropy(logits / temperature, y) for temperature in grid])
-    model.temperature.fill_(grid[losses.argmin()])
+def context_temperature(logits, y, prior=0.2):
+    """Return (B,): what to divide the logits for a query by, to be as sure as is right.
+
+    The context tells: logits (B, n, C) are those for its own n examples, each from the ones before
+    it, and y (B, n) their labels. So data unlike those of the meta-training need no labels apart.
+    The posterior mean of log temperature, whose prior is normal with mean 0 and that std.
+    """
+    grid = torch.linspace(-1, 2, 61, device=logits.device)
+    surprise = torch.stack([
+        F.cross_entropy((logits / t).mT, y, reduction="none").sum(1) for t in grid.exp()])
+    return (grid @ (-surprise - (grid[:, None] / prior)**2 / 2).softmax(0)).exp()
 
 
 def calibration_error(probabilities, y, bins=15):
@@ -1157,7 +1161,7 @@ class InContextClassifier:
                      of its own for each; "columns": a mean and a scale for each (tables); "auto":
                      shared for X of more than two dimensions, else columns, or centred where the
                      spreads are alike and more examples are then of their neighbour's class
-    temperature      divides the logits; None: the one fitted after meta-training
+    temperature      divides the logits; None: context_temperature, of each pass
     random_state     seed of everything that is random
 
     Follows scikit-learn's conventions without needing it. Raises UserError for what can't be used.
@@ -1229,9 +1233,9 @@ class InContextClassifier:
             raise UserError(f"n_ensemble is {self.n_ensemble!r}; expected 1 or more.")
         x, network, n = scaled(x, *self.scale_), self.network_, min(len(context), MAX_CONTEXT)
         device, size = network.head.weight.device, network.settings.PROJECTION_SIZE
-        temperature = network.temperature.item() if self.temperature is None else self.temperature
-        if not isinstance(temperature, (int, float, np.number)) or not temperature > 0:
-            raise UserError(f"temperature is {temperature!r}; expected a number above 0.")
+        t = 1 if self.temperature is None else self.temperature
+        if not isinstance(t, (int, float, np.number)) or not t > 0:
+            raise UserError(f"temperature is {t!r}; expected a number above 0, or None.")
         if not isinstance(self.random_state, (int, np.integer)):
             raise UserError(f"random_state is {self.random_state!r}; expected a whole number.")
         total = torch.zeros(len(x), len(self.classes_))
@@ -1245,8 +1249,9 @@ class InContextClassifier:
             seen = context[order].to(device) @ projection
             for part, out in zip(x.split(QUERIES), total.split(QUERIES)):
                 shown = torch.cat([seen, part.to(device) @ projection])[None]
-                logits = network(shown, F.pad(labels, (0, len(part)))[None], len(part))[0, n:]
-                logits = logits.float().cpu()[:, rho[self.slots_]] / temperature
+                logits = network(shown, F.pad(labels, (0, len(part)))[None], len(part)).float()
+                t = self.temperature or context_temperature(logits[:, :n], labels[None])
+                logits = (logits[0, n:] / t).cpu()[:, rho[self.slots_]]
                 out += logits.softmax(-1) / self.n_ensemble
         return total.numpy()
 
@@ -1580,20 +1585,17 @@ def load_dataset(name, split, settings, device):
     that was not trained on is "unseen": all rows of a file, the test images of the others.
     Raises DataUnavailable where there is no such data, UserError where it can't be used.
     """
-    if name.endswith(".npz"):
-        x, y = npz_arrays(name)
-        if np.ndim(x) and np.shape(y) == (len(x),):      # the rest is as_dataset's to refuse
-            class_numbers(y, Path(name).stem)            # to name a wrong row as in the file
-            order = np.random.default_rng(0).permutation(len(y))       # files may be sorted
-            test, train = order[::7], np.delete(order, np.s_[::7])
-            order = dict(unseen=order, test=test, train=train)[split]
-            x, y = x[order], y[order]
-        name = Path(name).stem
+    if of_file := name.endswith(".npz"):
+        arrays, name = npz_arrays(name), Path(name).stem
     else:
-        arrays = {**dict.fromkeys(RENDERED, rendered_arrays), "Random": random_arrays}.get(
+        source = {**dict.fromkeys(RENDERED, rendered_arrays), "Random": random_arrays}.get(
             name, torchvision_arrays)
-        x, y = arrays(name, split == "train", settings.DATA_DIR)
-    dataset = as_dataset(name, x, y, settings.IMAGE_SIZE, device)
+        arrays = source(name, split == "train", settings.DATA_DIR)
+    dataset = as_dataset(name, *arrays, settings.IMAGE_SIZE, device)
+    if of_file:
+        order = np.random.default_rng(0).permutation(len(dataset.y))   # files may be sorted
+        rows = dict(unseen=order, test=order[::7], train=np.delete(order, np.s_[::7]))[split]
+        dataset = dataset._replace(x=dataset.x[rows], y=dataset.y[rows])
     if len(dataset.y) < settings.NUM_EXAMPLES:
         raise UserError(f"{name} has {len(dataset.y)} rows ({split}); a sequence needs "
                         f"NUM_EXAMPLES={settings.NUM_EXAMPLES} different ones.")
@@ -2663,7 +2665,7 @@ def measure_algorithm(settings, data, precision):
     for known, *_ in found.values():
         known["same model, other seed"] = known.pop("Transformer")[:, lengths]
     for model, step in training_steps(settings, training, precision):
-        for name, (known, y, _) in found.items() if step in marks else ():
+        for name, (known, y, *_) in found.items() if step in marks else ():
             mine = predictions(model, tests[name], n, settings, precision)[0]["Transformer"]
             learners = {"in-context": mine[:, lengths], **known}
             pairs = [(a, b) for a, b in itertools.combinations(learners, 2)
@@ -2858,7 +2860,6 @@ def run(preset, settings):
         model, training, validation, settings, folder, precision, log)
     if rank:
         return                                           # the rest is the first process's work
-    fit_temperature(model, validation, settings, precision)
     save_checkpoint(final, settings, model, progress=progress, trained_on=training.name)
     for done in folder.glob("checkpoint*.pt"):           # and what a kill left half written
         done.unlink(missing_ok=True)
@@ -2882,7 +2883,7 @@ def test_and_report(model, tests, settings, precision, folder, log, began, facts
         **facts, settings=vars(settings), data_sets=data_sets,
         context_lengths=context_lengths(settings), **provenance(device, precision),
         parameters=sum(p.numel() for p in model.parameters()),
-        temperature=model.temperature.item(), evaluation_seconds=time.time() - trained)
+        evaluation_seconds=time.time() - trained)
     columns = "examples", "accuracy", "low", "high"
     write_csv(folder / "curves.csv", [["data_set", "learner", *columns]] + [
         [row, learner, *point] for row, entry in data_sets.items()

@@ -286,10 +286,6 @@ def test_calibration_error_against_a_plain_loop():
 class Overconfident(torch.nn.Module):
     """Gives the right class a probability of 0.7 in truth, but says more: logits times three."""
 
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("temperature", torch.ones(()))
-
     def forward(self, x, y):
         g = torch.Generator().manual_seed(int(y.sum()))
         told = torch.where(torch.rand(y.shape, generator=g) < 0.7, y, (y + 1) % 10)
@@ -297,12 +293,26 @@ class Overconfident(torch.nn.Module):
         return 3 * truth.scatter(-1, told[..., None], 0.7).log()
 
 
-def test_the_fitted_temperature_mends_overconfidence(blobs, tiny):
-    network, chosen = Overconfident(), tiny(ROW_SEQUENCES=1024, EVAL_SEQUENCES=4096)
-    gpicl.fit_temperature(network, blobs, chosen, "fp32")
-    assert 2 < network.temperature.item() <= 3.2
-    _, found = gpicl.evaluate(network, blobs, chosen, "fp32")
-    assert found["fitted"] < 0.1 < found["raw"]
+def test_the_context_temperature_mends_overconfidence(blobs, tiny):
+    x, y = torch.zeros(50, 400, 1), torch.randint(10, (50, 400))
+    logits = Overconfident()(x, y)
+    assert (gpicl.context_temperature(logits, y) - 3).abs().max() < 0.6
+    assert (gpicl.context_temperature(logits / 3, y) - 1).abs().max() < 0.2
+    assert torch.allclose(gpicl.context_temperature(logits[:, :0], y[:, :0]), torch.ones(50))
+    settings = tiny(EVAL_SEQUENCES=1024, NUM_EXAMPLES=100)
+    _, found = gpicl.evaluate(Overconfident(), blobs, settings, "fp32")
+    assert found["fitted"] < 0.4 * found["raw"]
+
+
+def test_the_classifier_divides_by_the_context_temperature(tiny):
+    torch.manual_seed(0)
+    network = gpicl.InContextModel(tiny())
+    torch.nn.init.normal_(network.head.weight)           # very sure of nothing
+    x, y = torch.randn(60, 5), torch.arange(60) % 3
+    doubtful, sure = (InContextClassifier(network, 1, temperature=t).fit(x, y).predict_proba(x)
+                      for t in (None, 1))
+    assert (doubtful.max(1) < sure.max(1)).mean() > 0.9
+    assert np.array_equal(doubtful.argmax(1), sure.argmax(1))
 
 
 # ------------------------------------------------------------------------------------ commands
