@@ -1246,11 +1246,11 @@ class InContextClassifier:
             labels = rho[self.labels_[order]].to(device)
             projection = torch.randn(context.shape[1], size, generator=generator)
             projection = projection.to(device) / context.shape[1]**0.5
-            seen = context[order].to(device) @ projection
+            seen, t = context[order].to(device) @ projection, self.temperature
             for part, out in zip(x.split(QUERIES), total.split(QUERIES)):
                 shown = torch.cat([seen, part.to(device) @ projection])[None]
                 logits = network(shown, F.pad(labels, (0, len(part)))[None], len(part)).float()
-                t = self.temperature or context_temperature(logits[:, :n], labels[None])
+                t = t or context_temperature(logits[:, :n], labels[None])
                 logits = (logits[0, n:] / t).cpu()[:, rho[self.slots_]]
                 out += logits.softmax(-1) / self.n_ensemble
         return total.numpy()
