@@ -1233,8 +1233,8 @@ class InContextClassifier:
             raise UserError(f"n_ensemble is {self.n_ensemble!r}; expected 1 or more.")
         x, network, n = scaled(x, *self.scale_), self.network_, min(len(context), MAX_CONTEXT)
         device, size = network.head.weight.device, network.settings.PROJECTION_SIZE
-        t = 1 if self.temperature is None else self.temperature
-        if not isinstance(t, (int, float, np.number)) or not t > 0:
+        t = self.temperature
+        if t is not None and not (isinstance(t, (int, float, np.number)) and t > 0):
             raise UserError(f"temperature is {t!r}; expected a number above 0, or None.")
         if not isinstance(self.random_state, (int, np.integer)):
             raise UserError(f"random_state is {self.random_state!r}; expected a whole number.")

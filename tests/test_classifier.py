@@ -299,9 +299,9 @@ def test_the_context_temperature_mends_overconfidence(blobs, tiny):
     assert (gpicl.context_temperature(logits, y) - 3).abs().max() < 0.6
     assert (gpicl.context_temperature(logits / 3, y) - 1).abs().max() < 0.2
     assert torch.allclose(gpicl.context_temperature(logits[:, :0], y[:, :0]), torch.ones(50))
-    settings = tiny(EVAL_SEQUENCES=1024, NUM_EXAMPLES=100)
+    settings = tiny(EVAL_SEQUENCES=1024, NUM_EXAMPLES=200)
     _, found = gpicl.evaluate(Overconfident(), blobs, settings, "fp32")
-    assert found["fitted"] < 0.4 * found["raw"]
+    assert found["fitted"] < 0.1 < found["raw"]
 
 
 def test_the_classifier_divides_by_the_context_temperature(tiny):
