@@ -215,14 +215,17 @@ def draw_task(seed, i, n_pixels, size, device):
     return projection, torch.randperm(C, generator=generator, device=device)
 
 
-def cholesky(matrix, columns=None):
-    """Return the lower triangular L (B, T, T) with L L' = matrix, or so many columns of it; works
-    for singular matrices too.
+def cholesky(matrix):
+    """Return the lower triangular L (B, T, T) with L L' = matrix, for singular matrices too.
 
-    Our own because torch's doesn't run on every device and stops at singular matrices, which
-    identical or low-dimensional inputs give: here a vanishing pivot gives a column of zeros.
+    By torch where it can. It stops at singular matrices, which identical or low-dimensional inputs
+    give, and MPS lacked it for long: then by columns, where a vanishing pivot gives zeros.
     """
-    lower = torch.zeros_like(matrix)[..., :columns]
+    if matrix.device.type != "mps":
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed.any():
+            return lower
+    lower = torch.zeros_like(matrix)
     floor = 1e-6 * matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True) + 1e-30
     for j in range(lower.shape[-1]):
         column = matrix[:, j:, j] - (lower[:, j:, :j] @ lower[:, j, :j, None])[..., 0]
@@ -349,7 +352,7 @@ def ridge_weights(cosines, queries, mask, width=0.25, penalty=0.03):
     T, n = cosines.shape[1], cosines.shape[1] - queries
     with torch.autocast(cosines.device.type, enabled=False):
         kernel = ((cosines - 1) / width).exp()
-        lower = cholesky(kernel + penalty * torch.eye(T, device=kernel.device), n)
+        lower = cholesky(kernel + penalty * torch.eye(T, device=kernel.device))[..., :n]
         weights = torch.linalg.solve_triangular(
             lower[:, :n], lower.tril(-1), upper=False, left=False)
     labelled = shift(F.pad(weights, (0, queries)).mT, queries).mT        # as the tokens hold them
@@ -527,9 +530,8 @@ class InContextModel(nn.Module):
         else:
             h = h + self.positions[torch.arange(T, device=x.device).clamp(max=T - queries)]
         h = h + self.embed_label(shift(F.one_hot(y, C).to(x.dtype), queries))
-        sharp, trained = 1.0, max(2, self.settings.NUM_EXAMPLES - 1)
-        if T - queries > trained:
-            sharp = sharpness(T, queries, trained, x.device)
+        trained = max(2, self.settings.NUM_EXAMPLES - 1)
+        sharp = sharpness(T, queries, trained, x.device) if T - queries > trained else 1.0
         mask = causal_mask(T, queries, x.device) if compare or masked or queries > 1 else None
         cosines = image_cosines(x, queries) if compare else None
         ridge = compare and self.settings.RIDGE_ATTENTION
@@ -2372,8 +2374,7 @@ def plateau_length(steps, losses, drop=0.1):
 
     Left is: lower by `drop` nats, at the first of the given steps from which on it stays so.
     """
-    high = [i for i, loss in enumerate(losses, 1) if not loss < math.log(C) - drop]
-    after = max(high, default=0)
+    after = max((i for i, loss in enumerate(losses, 1) if not loss < math.log(C) - drop), default=0)
     return steps[after] if after < len(steps) else None
 
 
@@ -2517,11 +2518,10 @@ def report_table(rows, figure):
     """Ours with intervals, and crosses where the paper's numbers are."""
     figure.set_size_inches(11, 5)
     panel, kinds = figure.subplots(), values_of(rows, "tested_on")
-    lines = curves(rows, panel, "tested_on", "accuracy", "method",
-                   "accuracy (%) at the end of the sequence; crosses: the paper")
+    lines = [*curves(rows, panel, "tested_on", "accuracy", "method",
+                     "accuracy (%) at the end of the sequence; crosses: the paper"), ""]
     for line in panel.get_lines():
         line.set_linestyle("")
-    lines.append("")
     for color, method in enumerate(values_of(rows, "method")):
         paper = {kind: select(rows, method=method, tested_on=kind)[0]["paper"] for kind in kinds}
         places = np.arange(len(kinds)) + 0.08 * color

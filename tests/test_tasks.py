@@ -91,10 +91,18 @@ def test_coordinates_keep_the_inner_products(length):
     assert torch.allclose(coordinates @ coordinates.mT, images @ images.mT / 50, atol=1e-4)
 
 
-def test_cholesky_matches_torch():
+def test_cholesky_of_singular_matrices_and_where_torch_has_none():
+    """One singular matrix is enough for torch to stop: then all of them are made by columns."""
     a = torch.randn(3, 20, 40, generator=torch.Generator().manual_seed(0))
+    a[2, 10:] = a[2, :10]
     gram = a @ a.mT
-    assert torch.allclose(gpicl.cholesky(gram), torch.linalg.cholesky(gram), atol=1e-3)
+    with pytest.raises(torch.linalg.LinAlgError):
+        torch.linalg.cholesky(gram)
+    lower = gpicl.cholesky(gram)
+    assert torch.equal(lower, lower.tril())
+    assert torch.allclose(lower @ lower.mT, gram, atol=1e-3)
+    assert torch.allclose(lower[:2], torch.linalg.cholesky(gram[:2]), atol=1e-3)
+    assert torch.equal(gpicl.cholesky(gram[:2]), torch.linalg.cholesky(gram[:2]))
 
 
 def test_rho_is_a_permutation_of_the_labels(blobs, tiny):
