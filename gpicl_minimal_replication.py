@@ -262,17 +262,17 @@ def project_afresh(coordinates, settings, generator):
 
     Of the outputs that a model does not read one by one only inner products matter, so G G'. That
     has the law of L L' with L (n, n) lower triangular, of normal numbers below chi-distributed ones
-    (Bartlett 1933): n numbers say of each image what P - outputs_read did, and x is (B, T,
-    outputs_read + n) where that is fewer than P.
+    (Bartlett 1933; chi as by Wilson and Hilferty 1931): n numbers say of each image what P -
+    outputs_read did, and x is (B, T, outputs_read + n) where that is fewer than P.
     """
     (B, _, n), P, read = coordinates.shape, settings.PROJECTION_SIZE, outputs_read(settings)
-    normal = functools.partial(torch.randn, generator=generator, device=coordinates.device)
-    if P < read + n + 100:
-        return coordinates @ normal(B, n, P)
-    freedom, lower = P - read - torch.arange(n, device=coordinates.device), normal(B, n, n)
-    chi = (1 - 2 / (9 * freedom) + (2 / (9 * freedom))**0.5 * lower.diagonal(dim1=1, dim2=2))**1.5
-    lower = lower.tril(-1) + (freedom**0.5 * chi).diag_embed()   # chi: Wilson, Hilferty (1931)
-    return coordinates @ torch.cat([normal(B, n, read), lower], -1)
+    width, device = P if P < read + n + 100 else read + n, coordinates.device
+    matrix = torch.randn(B, n, width, generator=generator, device=device)
+    if width < P:
+        freedom = P - read - torch.arange(n, device=device)
+        root = 1 - 2 / (9 * freedom) + (2 / (9 * freedom))**0.5 * matrix.diagonal(read, 1, 2)
+        matrix.tril_(read).diagonal(read, 1, 2).copy_(freedom**0.5 * root**1.5)
+    return coordinates @ matrix
 
 
 def draw_images(dataset, n_sequences, length, generator):
@@ -294,7 +294,7 @@ def draw_sequences(dataset, n_sequences, settings, key, num_tasks=0, biased_frac
     device = dataset.x.device
     generator = stream(device, *key)
     chosen = draw_images(dataset, n_sequences, settings.NUM_EXAMPLES, generator)
-    images, labels = dataset.x[chosen], dataset.y[chosen]
+    images, labels = F.embedding(chosen, dataset.x), dataset.y[chosen]   # sooner than x[chosen]
     if num_tasks:
         numbers = torch.randint(num_tasks, (n_sequences,), generator=generator, device=device)
         tasks = [draw_task(settings.SEED, i, images.shape[-1], settings.PROJECTION_SIZE, device)
