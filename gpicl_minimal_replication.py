@@ -245,12 +245,11 @@ def span(images):
     return cholesky(images @ images.mT / images.shape[2])
 
 
-def outputs_read(settings):
+def outputs_read(s):
     """Return how many of a projection's outputs a model reads one by one: all, unless it is given
     the image cosines; then a sample of them does, since all outputs are alike.
     """
-    P = settings.PROJECTION_SIZE
-    return min(P, settings.READ_SIZE) if compares_images(settings) else P
+    return min(s.PROJECTION_SIZE, s.READ_SIZE) if compares_images(s) else s.PROJECTION_SIZE
 
 
 def project_afresh(coordinates, settings, generator):
@@ -366,10 +365,9 @@ def causal_mask(length, queries, device):
     return torch.where(context | (i == i[:, None]), 0.0, -math.inf)
 
 
-def compares_images(settings):
-    """Return whether attention is given the cosines between images."""
-    return settings.ARCHITECTURE == "transformer" and settings.TOKEN_FORMAT == "pairs" and (
-        settings.COMPARE_IMAGES)
+def compares_images(s):
+    """Return whether these settings give attention the cosines between images."""
+    return s.ARCHITECTURE == "transformer" and s.TOKEN_FORMAT == "pairs" and s.COMPARE_IMAGES
 
 
 def sharpness(length, queries, trained, device):
@@ -1202,9 +1200,10 @@ class InContextClassifier:
         if not isinstance(self.model, nn.Module):
             self.network_ = load_model(self.model, choose_device("auto")[0])[0]
         check_context(self.network_, len(x))
-        if self.network_.settings.ARCHITECTURE != "transformer":
-            raise UserError(f"this model has ARCHITECTURE={self.network_.settings.ARCHITECTURE}; "
-                            "only a transformer answers many queries about one context.")
+        kind = getattr(getattr(self.network_, "settings", None), "ARCHITECTURE", None)
+        if kind != "transformer":
+            raise UserError(f"this model has ARCHITECTURE={kind}; only a transformer of this "
+                            "program answers many queries about one context.")
         # Numbered as they first appear: other names for the classes change nothing but names.
         self.slots_ = torch.as_tensor(first.argsort().argsort())
         self.labels_ = self.slots_[torch.as_tensor(numbers)]
@@ -2853,9 +2852,10 @@ def run(preset, settings):
 
     report, final = folder / "results.json", folder / "model.pt"
     if report.exists() and final.exists():
-        log(*result_table(json.loads(report.read_text())),
-            f"\nThis run was finished before. To make it afresh, delete {folder}")
-        return
+        with contextlib.suppress(ValueError, TypeError, KeyError):     # damaged: tested again
+            log(*result_table(json.loads(report.read_text())),
+                f"\nThis run was finished before. To make it afresh, delete {folder}")
+            return
     progress = resume(final, settings, model) or meta_train(
         model, training, validation, settings, folder, precision, log)
     if rank:

@@ -266,6 +266,8 @@ def test_bad_use_is_refused(model, tmp_path):
     paper = gpicl.InContextModel(gpicl.default_settings(**TINY, TOKEN_FORMAT="paper"))
     with pytest.raises(UserError, match="TOKEN_FORMAT=paper .* at most 11 examples"):
         InContextClassifier(paper).fit(X, y)
+    with pytest.raises(UserError, match="only a transformer of this program"):
+        InContextClassifier(torch.nn.Linear(6, 3)).fit(X, y)
 
 
 # --------------------------------------------------------------------------------- calibration

@@ -276,6 +276,12 @@ def test_broken_and_foreign_checkpoints(tiny_flags, tmp_path, fails):
     flags = tiny_flags()
     assert gpicl.main(flags) == 0
     folder = next((tmp_path / "runs").iterdir())
+    whole = json.loads((folder / "results.json").read_text())
+    for broken in (b"{", b"[1]", b"{}", b"\xff"):        # tested again, not trained again
+        (folder / "results.json").write_bytes(broken)
+        assert gpicl.main(flags) == 0
+        again = json.loads((folder / "results.json").read_text())
+        assert again["data_sets"] == whole["data_sets"]
     (folder / "results.json").unlink()
     model = (folder / "model.pt").read_bytes()
     half = len(model) // 2                               # among the weights

@@ -245,5 +245,5 @@ def test_other_architectures_in_the_main_job_and_its_commands(tiny_flags, tmp_pa
     assert gpicl.main(["evaluate", f"--OUT_DIR={tmp_path / 'runs'}", "--EVAL_DATASETS=Random"]) == 0
     newest = gpicl.newest_checkpoint(gpicl.default_settings(OUT_DIR=str(tmp_path / "runs")))
     capsys.readouterr()
-    with pytest.raises(gpicl.UserError, match="only a transformer answers many queries"):
+    with pytest.raises(gpicl.UserError, match="has ARCHITECTURE=maml; only a transformer"):
         gpicl.InContextClassifier(newest).fit(np.eye(4), [0, 1, 0, 1])
