@@ -99,7 +99,8 @@ def test_a_stopped_sweep_says_so_and_keeps_its_runs(number, rendered_dir, tmp_pa
     process = subprocess.Popen(
         [sys.executable, ROOT / "gpicl_minimal_replication.py", "phases", "--NUM_TASKS=4",
          *(f"--{key}={value}" for key, value in flags.items())],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # nohup ... & ignores it
     while not any(path.stat().st_size for path in (tmp_path / "runs").glob("*/runs.jsonl")):
         assert process.poll() is None
         time.sleep(0.05)
