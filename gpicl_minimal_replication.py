@@ -265,10 +265,10 @@ def project_afresh(coordinates, settings, generator):
     outputs_read did, and x is (B, T, outputs_read + n) where that is fewer than P.
     """
     (B, _, n), P, read = coordinates.shape, settings.PROJECTION_SIZE, outputs_read(settings)
-    width, device = P if P < read + n + 100 else read + n, coordinates.device
-    matrix = torch.randn(B, n, width, generator=generator, device=device)
-    if width < P:
-        freedom = P - read - torch.arange(n, device=device)
+    width = P if P < read + n + 100 else read + n
+    matrix = torch.randn(B, n, width, generator=generator, device=coordinates.device)
+    if width < P:                                        # the last n columns become L
+        freedom = P - read - torch.arange(n, device=matrix.device)
         root = 1 - 2 / (9 * freedom) + (2 / (9 * freedom))**0.5 * matrix.diagonal(read, 1, 2)
         matrix.tril_(read).diagonal(read, 1, 2).copy_(freedom**0.5 * root**1.5)
     return coordinates @ matrix
@@ -293,7 +293,7 @@ def draw_sequences(dataset, n_sequences, settings, key, num_tasks=0, biased_frac
     device = dataset.x.device
     generator = stream(device, *key)
     chosen = draw_images(dataset, n_sequences, settings.NUM_EXAMPLES, generator)
-    images, labels = F.embedding(chosen, dataset.x), dataset.y[chosen]   # sooner than x[chosen]
+    images, labels = F.embedding(chosen, dataset.x), dataset.y[chosen]   # faster than x[chosen]
     if num_tasks:
         numbers = torch.randint(num_tasks, (n_sequences,), generator=generator, device=device)
         tasks = [draw_task(settings.SEED, i, images.shape[-1], settings.PROJECTION_SIZE, device)
