@@ -1278,7 +1278,7 @@ class InContextClassifier:
         state = dict(params={**params, "scaling": self.scaling_}, x=self.examples_[0], y=labels)
         try:
             save_checkpoint(Path(path), self.network_.settings, self.network_, classifier=state)
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             raise UserError(f"can't write {path}: {error}.") from error
 
     @classmethod
@@ -1641,8 +1641,11 @@ def replacing(path):
 def save_checkpoint(path, settings, model, **more):
     """Write model, settings and whatever else resuming needs; `path` is never half written."""
     with replacing(path) as temporary:
-        torch.save(dict(format=FORMAT, settings=vars(settings), model=model.state_dict(), **more),
-                   temporary)
+        try:
+            torch.save(dict(format=FORMAT, settings=vars(settings), model=model.state_dict(),
+                            **more), temporary)
+        except RuntimeError as error:                    # so torch says that the disk is full
+            raise OSError(f"can't write {path} ({error})") from error
 
 
 def load_checkpoint(path, settings=None):
@@ -2962,10 +2965,10 @@ def main(arguments):
     """Run a command line; return the exit code."""
     socket.setdefaulttimeout(20)                         # for downloads from a silent network
     keep_freed_memory()
-    if {"-h", "--help"} & set(arguments):
-        print(help_text(), flush=True)
-        return 0
     try:
+        if {"-h", "--help"} & set(arguments):
+            print(help_text(), flush=True)
+            return 0
         word, settings, flags = read_settings(arguments)
         if word == "evaluate":
             evaluate_checkpoint(settings, flags)
@@ -2979,6 +2982,13 @@ def main(arguments):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:                              # the reader has left, as of --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        print(f"error: {error}. Is the disk full, or a folder gone? What was saved before is kept; "
+              "the same command goes on from there.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stopped:
         print(str(stopped) or "Stopped; run the same command again to go on.")
         return 130
@@ -2987,8 +2997,4 @@ def main(arguments):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)          # a kill is as Ctrl-C
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except BrokenPipeError:                              # the reader has left, as of --help | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    sys.exit(main(sys.argv[1:]))
