@@ -1276,10 +1276,7 @@ class InContextClassifier:
         params = {name: np.asarray(value).item()         # NumPy's numbers would not load
                   for name, value in self.get_params().items() if name != "model"}
         state = dict(params={**params, "scaling": self.scaling_}, x=self.examples_[0], y=labels)
-        try:
-            save_checkpoint(Path(path), self.network_.settings, self.network_, classifier=state)
-        except OSError as error:
-            raise UserError(f"can't write {path}: {error}.") from error
+        save_checkpoint(Path(path), self.network_.settings, self.network_, classifier=state)
 
     @classmethod
     def load(cls, path):
@@ -1626,14 +1623,17 @@ def stop_requests():
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path that becomes `path` in one step, or never does."""
+    """Yield a temporary path that becomes `path` in one step, or never does: UserError."""
     path = path.resolve()                                # of a link, what it points to
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is not a file")
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.parent / f"{path.stem}.{os.getpid()}.tmp{path.suffix}"
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a file")
         yield temporary
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:             # RuntimeError: torch, of a full disk
+        raise UserError(f"can't write {path}: {error}. Is there such a folder, and room on its "
+                        "disk? What was saved before is kept.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1641,11 +1641,8 @@ def replacing(path):
 def save_checkpoint(path, settings, model, **more):
     """Write model, settings and whatever else resuming needs; `path` is never half written."""
     with replacing(path) as temporary:
-        try:
-            torch.save(dict(format=FORMAT, settings=vars(settings), model=model.state_dict(),
-                            **more), temporary)
-        except RuntimeError as error:                    # so torch says that the disk is full
-            raise OSError(f"can't write {path} ({error})") from error
+        torch.save(dict(format=FORMAT, settings=vars(settings), model=model.state_dict(), **more),
+                   temporary)
 
 
 def load_checkpoint(path, settings=None):
@@ -2940,13 +2937,9 @@ def classify(settings):
     classifier = InContextClassifier(path, settings.N_ENSEMBLE, random_state=settings.SEED)
     probabilities = classifier.fit(x, y).predict_proba(rows)
     predicted = classifier.classes_[probabilities.argmax(1)]
-    try:
-        write_csv(Path(settings.PREDICTIONS_FILE), [
-            ["prediction", *(f"p({name})" for name in classifier.classes_)],
-            *([name, *(f"{p:.4f}" for p in row)] for name, row in zip(predicted, probabilities))])
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't write PREDICTIONS_FILE={settings.PREDICTIONS_FILE}: {error}."
-                        ) from error
+    write_csv(Path(settings.PREDICTIONS_FILE), [
+        ["prediction", *(f"p({name})" for name in classifier.classes_)],
+        *([name, *(f"{p:.4f}" for p in row)] for name, row in zip(predicted, probabilities))])
     print(f"Model        {path}\nExamples     {len(x)} of {features} features, "
           f"{len(classifier.classes_)} classes\nPredictions  {len(rows)} rows, in "
           f"{settings.PREDICTIONS_FILE}")
@@ -2988,6 +2981,13 @@ def main(arguments):
     except OSError as error:
         print(f"error: {error}. Is the disk full, or a folder gone? What was saved before is kept; "
               "the same command goes on from there.", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        words = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and not re.search("(allocate|out of) memory", words):
+            raise
+        print(f"error: there is too little memory ({words[:160]}); try fewer or shorter sequences "
+              "(BATCH_SIZE, NUM_EXAMPLES) or a smaller model.", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
         print(str(stopped) or "Stopped; run the same command again to go on.")

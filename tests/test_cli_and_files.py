@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -267,7 +268,7 @@ def test_only_files_are_replaced(tmp_path):
         temporary.write_text("new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="is not a file"), gpicl.replacing(tmp_path / "pipe"):
+    with pytest.raises(gpicl.UserError, match="is not a file"), gpicl.replacing(tmp_path / "pipe"):
         pass
     assert (tmp_path / "pipe").is_fifo()
 
@@ -304,10 +305,24 @@ def test_a_full_disk_gets_a_clear_sentence(tiny_flags, tmp_path):
                "sys.exit(g.main(sys.argv[1:]))", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "can't write" in done.stderr and "Is the disk full" in done.stderr
+    assert "can't write" in done.stderr and "room on its disk" in done.stderr
     folder = next((tmp_path / "runs").iterdir())
     assert not list(folder.glob("*.pt"))                 # nothing half written
     assert gpicl.main(flags) == 0 and (folder / "model.pt").exists()
+
+
+@pytest.mark.parametrize("place, words", [("announce", "a folder gone"), ("speed", "can't write")])
+def test_a_folder_that_goes_away(place, words, tiny_flags, tmp_path, fails, monkeypatch):
+    def gone(*_):
+        shutil.rmtree(tmp_path / "runs")
+        return {}
+
+    monkeypatch.setattr(gpicl, place, gone)
+    assert words in fails(tiny_flags())
+
+
+def test_too_little_memory_gets_a_clear_sentence(tiny_flags, fails):
+    assert "too little memory" in fails(tiny_flags(MODEL_SIZE=2**20))
 
 
 class Evil:
