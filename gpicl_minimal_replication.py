@@ -1623,7 +1623,7 @@ def stop_requests():
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path that becomes `path` in one step, or never does: UserError."""
+    """Yield a temporary path that becomes `path` in one step; raise UserError where it can't."""
     path = path.resolve()                                # of a link, what it points to
     temporary = path.parent / f"{path.stem}.{os.getpid()}.tmp{path.suffix}"
     try:
