@@ -1469,13 +1469,10 @@ def rendered_arrays(name, train, folder):
     """Return rendered images and labels, from `folder` if they have been made before."""
     path = Path(folder, name, "train.npz" if train else "test.npz")
     if not path.exists():
+        make_folder(path.parent, "DATA_DIR")
         x, y = render_characters(RENDERED[name], 20000 if train else 5000, seed=int(train))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                np.savez_compressed(temporary, x=x, y=y)
-        except OSError as error:
-            raise UserError(f"can't write to DATA_DIR={folder}: {error}.") from error
+        with replacing(path) as temporary:
+            np.savez_compressed(temporary, x=x, y=y)
     return npz_arrays(path)
 
 
@@ -1622,9 +1619,9 @@ def stop_requests():
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, called=None):
     """Yield a temporary path that becomes `path` in one step; raise UserError where it can't."""
-    path = path.resolve()                                # of a link, what it points to
+    called, path = called or path, path.resolve()       # of a link, what it points to
     temporary = path.parent / f"{path.stem}.{os.getpid()}.tmp{path.suffix}"
     try:
         if path.exists() and not path.is_file():
@@ -1632,7 +1629,7 @@ def replacing(path):
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:             # RuntimeError: torch, of a full disk
-        raise UserError(f"can't write {path}: {error}. Is there such a folder, and room on its "
+        raise UserError(f"can't write {called}: {error}. Is there such a folder, and room on its "
                         "disk? What was saved before is kept.") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -2005,9 +2002,10 @@ def result_table(results):
     return [*lines, "", *greppable]
 
 
-def write_csv(path, rows):
-    """Write lists of cells to a .csv file, which is never half written."""
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+def write_csv(path, rows, called=None):
+    """Write lists of cells to a .csv file, which is never half written; `called` so in errors."""
+    with replacing(path, called) as temporary, open(
+            temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
 
 
@@ -2939,7 +2937,8 @@ def classify(settings):
     predicted = classifier.classes_[probabilities.argmax(1)]
     write_csv(Path(settings.PREDICTIONS_FILE), [
         ["prediction", *(f"p({name})" for name in classifier.classes_)],
-        *([name, *(f"{p:.4f}" for p in row)] for name, row in zip(predicted, probabilities))])
+        *([name, *(f"{p:.4f}" for p in row)] for name, row in zip(predicted, probabilities))],
+        f"PREDICTIONS_FILE={settings.PREDICTIONS_FILE}")
     print(f"Model        {path}\nExamples     {len(x)} of {features} features, "
           f"{len(classifier.classes_)} classes\nPredictions  {len(rows)} rows, in "
           f"{settings.PREDICTIONS_FILE}")
