@@ -75,7 +75,7 @@ OUT_DIR = "runs"             # every run gets a folder of its own in here
 TRAIN_DATASET = "auto"       # auto: MNIST, or rendered digits where MNIST can't be had
 EVAL_DATASETS = "auto"       # comma-separated; auto: TRAIN_DATASET's test images and FashionMNIST
 IMAGE_SIZE = 28              # images are resized to this height and width (paper: 32)
-VALIDATION_IMAGES = 5000     # last training images, never trained on; a quarter of them at most
+VALIDATION_IMAGES = 5000     # last training images, never trained on (of few, a quarter)
 
 # Tasks
 NUM_TASKS = 0                # 2**k: so many fixed tasks; 0: a fresh task for every sequence
@@ -165,10 +165,12 @@ OFFSET = 3.0                                         # constant feature, where t
 MIXTURE_SCALE = 10.0                                 # makes Adam's steps fit the image mixtures
 FORMAT = "gpicl-4"                                   # of checkpoints
 DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)
+MODELS = dict(transformer="Transformer", lstm="LSTM", outer_lstm="outer-product LSTM",
+              deltanet="gated DeltaNet", mlp="MLP", vsml="VSML", vsml_free="VSML, not symmetric",
+              maml="MAML")
 CHOICES = dict(DEVICE=("auto", "cuda", "mps", "cpu"), PRECISION=("auto", "bf16", "fp32"),
-               TOKEN_FORMAT=("pairs", "paper"), OPTIMIZER=("muon", "adamw"), ARCHITECTURE=(
-                   "transformer", "lstm", "outer_lstm", "deltanet", "mlp", "vsml", "vsml_free",
-                   "maml"))
+               TOKEN_FORMAT=("pairs", "paper"), OPTIMIZER=("muon", "adamw"),
+               ARCHITECTURE=tuple(MODELS))
 # The paper's table: accuracy on the 100th example after 99, meta-trained on MNIST.
 PAPER = {
     "MNIST": {"GPICL": 73.70, "SGD": 70.31, "MAML": 53.71, "VSML": 79.04, "LSTM": 25.39},
@@ -410,9 +412,9 @@ class Attention(nn.Module):
     With RIDGE_ATTENTION every head adds to what it finds a learnt multiple of a kernel ridge
     regression of its values: where the labels it saw lie, by least squares instead of likeness. The
     multiples start at one in layer 1, at zero in the others.
-    Without COMPARE_IMAGES, the first layer's queries and keys are learnt projections of the images,
-    wider than the stream and tied: the black-box way to compare them well. With TOKEN_FORMAT
-    "paper" its heads start by looking at the token before, whose image the label here belongs to.
+    Without the cosines GUIDED_START makes the first layer's queries and keys learnt projections of
+    the images, wider than the stream and tied, the black-box way to compare them well; or, with
+    TOKEN_FORMAT "paper", its heads look at the token before, whose image the label belongs to.
     """
 
     def __init__(self, settings, first):
@@ -465,9 +467,6 @@ class Attention(nn.Module):
             found = (around.ridge.to(v.dtype) @ values).view(B, T, self.heads, -1)
             mixed = mixed + self.ridge * found.permute(2, 0, 1, 3)
         return self.out(mixed.permute(1, 2, 0, 3).reshape(B, T, D))
-
-    def state_size(self, length):
-        return 2 * length * self.out.in_features         # the keys and values of all examples
 
 
 class Block(nn.Module):
@@ -539,15 +538,10 @@ class InContextModel(nn.Module):
             h = layer(h, around)
         return self.head(norm(h))
 
-    def state_size(self, length):
-        """Return how many numbers about the sequence the model can look back on at its end."""
-        return sum(layer.attention.state_size(length) for layer in self.layers)
-
 
 # ----------------------------------------------------------------------- the other architectures
 # Each stands in a Block where attention stands, behind the same call: h (B, T, D) to (B, T, D),
-# nothing from later examples. state_size(T) tells how many numbers it carries from one example to
-# the next: what it can remember of a sequence (paper, on state size).
+# nothing from later examples.
 class Nothing(nn.Module):
     """No mixing: an MLP that sees its own token only and can but memorise (paper, heat maps)."""
 
@@ -557,23 +551,16 @@ class Nothing(nn.Module):
     def forward(self, h, around):
         return torch.zeros_like(h)
 
-    def state_size(self, length):
-        return 0
-
 
 class LSTM(nn.Module):
     """Long short-term memory (Hochreiter and Schmidhuber 1997): torch's own."""
 
     def __init__(self, settings, first):
         super().__init__()
-        self.size = settings.MODEL_SIZE
-        self.lstm = nn.LSTM(self.size, self.size, batch_first=True)
+        self.lstm = nn.LSTM(settings.MODEL_SIZE, settings.MODEL_SIZE, batch_first=True)
 
     def forward(self, h, around):
         return self.lstm(h)[0]
-
-    def state_size(self, length):
-        return 2 * self.size
 
 
 @torch.no_grad()
@@ -629,9 +616,6 @@ class OuterProductLSTM(nn.Module):
             outputs.append(out)
         return torch.stack(outputs, 1)
 
-    def state_size(self, length):
-        return self.size * (self.size // self.heads + 1)
-
 
 class GatedDeltaNet(nn.Module):
     """Linear attention that overwrites: the gated delta rule (Yang, Kautz, Hatamizadeh 2024).
@@ -657,9 +641,6 @@ class GatedDeltaNet(nn.Module):
             mixed = delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, write.sigmoid(),
                                F.logsigmoid(keep), self.chunk)
             return self.out(norm(mixed).transpose(1, 2).reshape(B, T, D))
-
-    def state_size(self, length):
-        return self.size * self.size // self.heads
 
 
 def delta_rule(q, k, v, write, log_keep, chunk):
@@ -713,7 +694,7 @@ class VSML(nn.Module):
 
     def forward(self, x, y):
         """Return logits (B, T, C) for x (B, T, P) and y (B, T), one example after another."""
-        B, T, P = x.shape
+        B, T, _ = x.shape
         seen = torch.stack([x, shift(x, 1)][:2 if self.forward_message.in_features > 1 else 1], -1)
         if self.free:
             seen = self.into(seen.flatten(2)).view(B, T, self.inputs, -1)
@@ -734,9 +715,6 @@ class VSML(nn.Module):
             outputs.append(logits)
         return torch.stack(outputs, 1)
 
-    def state_size(self, length):
-        return 2 * self.inputs * self.outputs * self.settings.CELL_SIZE
-
 
 class MAML(nn.Module):
     """Model-agnostic meta-learning (Finn, Abbeel, Levine 2017): a start to descend from.
@@ -744,7 +722,7 @@ class MAML(nn.Module):
     Learnt are the first weights of a network with one hidden layer, and a rate for every tensor and
     step (Antoniou et al. 2019). Some steps of gradient descent on the context adapt the weights;
     the adapted network answers the queries: the last quarter of the sequence in meta-training, else
-    the last example. All logits before are zero.
+    the last example. All logits before are zero, which is no answer.
     """
 
     def __init__(self, settings, steps=5):
@@ -939,7 +917,7 @@ def meta_train(model, dataset, validation, settings, folder, precision, log):
                                       precision)
                 progress["rows"].append(dict(
                     step=step + 1, seconds=progress["seconds"], loss=loss, rate=rate,
-                    accuracy=(hits["Transformer"] / settings.ROW_SEQUENCES).tolist()))
+                    accuracy=(hits["in-context"] / settings.ROW_SEQUENCES).tolist()))
                 log(progress_table(progress["rows"], settings)[-1])
             if rank == 0 and (done or stop or time.time() > saved_at + settings.CHECKPOINT_SECONDS):
                 save_checkpoint(path, settings, model, progress=progress,
@@ -1020,7 +998,7 @@ def starts_and_sizes(n_sequences, length):
 
 
 def evaluation_batches(dataset, n_sequences, settings, num_tasks=0):
-    """Yield x, y of fixed meta-test sequences: the same whatever SEED and training were."""
+    """Yield x, y of fixed meta-test sequences: the same for all models, but for fixed tasks."""
     for start, n in starts_and_sizes(n_sequences, settings.NUM_EXAMPLES):
         yield draw_sequences(dataset, n, settings, meta_test_key(dataset, start, settings),
                              num_tasks)
@@ -1049,7 +1027,7 @@ def predictions(model, dataset, n_sequences, settings, precision, num_tasks=0, l
     for x, y in evaluation_batches(dataset, n_sequences, settings, num_tasks):
         logits = logits_of(model, x, y, precision)
         temperature = context_temperature(logits[:, :-1], y[:, :-1]).cpu()
-        found, y = {"Transformer": logits.argmax(-1).cpu()}, y.cpu()
+        found, y = {"in-context": logits.argmax(-1).cpu()}, y.cpu()
         if len(lengths):
             gram = (x @ x.mT).cpu()
             labels = [classical_labels(gram[:, :n + 1, :n + 1], y[:, :n]) for n in lengths]
@@ -1066,7 +1044,7 @@ def count_hits(model, dataset, n_sequences, settings, precision, num_tasks=0, le
     """
     found, y, *last = predictions(model, dataset, n_sequences, settings, precision, num_tasks,
                                   lengths)
-    hits = {name: (labels == (y if name == "Transformer" else y[:, list(lengths)])).sum(0)
+    hits = {name: (labels == (y if name == "in-context" else y[:, list(lengths)])).sum(0)
             for name, labels in found.items()}
     return hits, *last, torch.from_numpy(y[:, -1])
 
@@ -1106,8 +1084,10 @@ def evaluate(model, dataset, settings, precision, num_tasks=0):
     """
     n, lengths = settings.EVAL_SEQUENCES, context_lengths(settings)[1:]
     hits, logits, t, y = count_hits(model, dataset, n, settings, precision, num_tasks, lengths)
-    found = {name: (range(len(counts)) if name == "Transformer" else lengths, counts)
-             for name, counts in hits.items()}
+    ours = hits.pop("in-context")
+    asked = slice(-1 if settings.ARCHITECTURE == "maml" else 0, None)    # it answers last only
+    found = {MODELS[settings.ARCHITECTURE]: (range(len(ours))[asked], ours[asked]),
+             **{name: (lengths, counts) for name, counts in hits.items()}}
     if settings.AVERAGED_PASSES and not num_tasks:
         hits = count_averaged_hits(model, dataset, n, settings, precision)
         found[f"mean of {settings.AVERAGED_PASSES} passes"] = lengths[-1:], np.array([hits])
@@ -1160,7 +1140,7 @@ class InContextClassifier:
     scaling          "shared": one mean and one scale for all features (images); "centred": a mean
                      of its own for each; "columns": a mean and a scale for each (tables); "auto":
                      shared for X of more than two dimensions, else columns, or centred where the
-                     spreads are alike and more examples are then of their neighbour's class
+                     spreads are alike and no fewer examples are then of their neighbour's class
     temperature      divides the logits; None: context_temperature, of each pass
     random_state     seed of everything that is random
 
@@ -1490,8 +1470,8 @@ def npz_arrays(path, labels=True):
     except FileNotFoundError as error:
         raise DataUnavailable(f"there is no file {path}; give the path of an .npz file.") from error
     except Exception as error:                           # zipfile and numpy raise many kinds
-        raise UserError(f"{path} can't be read as an .npz file ({error}); make it again with "
-                        "numpy.savez(path, x=x, y=y).") from error
+        raise UserError(f"{path} can't be read as an .npz file ({error}); delete it, or make it "
+                        "again with numpy.savez(path, x=x, y=y).") from error
     missing = [name for name in ("x", "y") if name not in arrays and (labels or name == "x")]
     if missing:
         raise UserError(f"{path} has no array {' and no '.join(missing)}; expected x (n, ...) and "
@@ -1511,14 +1491,15 @@ def read_csv(path, label_column, features=None):
     """Return x (n, features), labels (n,) and the features' names of a .csv file.
 
     A first line with a word in another column than the labels' is a header, or one of 0, 1, 2 ...;
-    without there are no names: None. The labels are in the column `label_column`: "last", a
-    header's name, or its number from 1. With as many columns as `features` there are none: None.
+    without there are no names: None. The labels are in the column `label_column`: "last", a name in
+    a header (numbers are names in one of 0, 1, 2 ... only), or its number from 1. With as many
+    columns as `features` there are none: None.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         separator = max(",;\t", key=text.partition("\n")[0].count)
         reader = csv.reader(io.StringIO(text), delimiter=separator)
-        lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
+        lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"can't read {path}: {error}.") from error
     first = lines[0][1] if lines else []
@@ -1532,8 +1513,9 @@ def read_csv(path, label_column, features=None):
     if features is not None and width - features not in (0, 1):
         raise UserError(f"{path} has {width} columns; expected {features}, as many as the examples "
                         "have features, and perhaps one of labels.")
-    labelled = width != features
-    if labelled and label_column in first:
+    labelled, counted = width != features, [number(cell) for cell in first] == [*range(width)]
+    named = label_column in first and (counted or not label_column.isdecimal())
+    if labelled and named:
         place = first.index(label_column)
     elif labelled and label_column != "last":
         if not label_column.isdecimal() or not 0 < int(label_column) <= width:
@@ -1542,7 +1524,7 @@ def read_csv(path, label_column, features=None):
         place = int(label_column) - 1
     columns = [i for i in range(width) if not (labelled and i == place)]
     head = [number(first[i]) for i in columns]
-    header = None in head or label_column in first or len(head) > 1 and head == [*range(len(head))]
+    header = None in head or named or len(head) > 1 and head == [*range(len(head))]
     if header and "" in first:
         raise UserError(f"{path}: column {first.index('') + 1} has no name in the first line; if "
                         "it only numbers the rows, leave it out (pandas: index=False).")
@@ -1756,21 +1738,22 @@ def read_settings(arguments):
             raise UserError(f"there is no setting {name!r}{did_you_mean(name, vars(settings))}")
         if not equals:
             raise UserError(f"{word} has no value; write --{name}=value.")
-        of = [command for command, names in COMMANDS.items() if name in names]
-        if first in COMMANDS and first not in of:
-            raise UserError(f"{first} does not read {name}; it reads {', '.join(COMMANDS[first])}.")
-        readers = ["features"] if name in OF_FEATURES else [*EXPERIMENTS]
-        if name in OF_EXPERIMENTS and first not in readers:
-            raise UserError(f"{name} is read by the experiments: {', '.join(readers)}.")
-        if first in EXPERIMENTS and name in NOT_OF_EXPERIMENTS:
-            raise UserError(f"{first} does not read {name}, like all experiments.")
-        if of and first not in COMMANDS and name[-4:] != "_DIR" and (
-                name not in identity(vars(settings))):
-            raise UserError(f"{name} belongs to the command {of[0]}; write it after that word.")
+        if first not in readers(name):
+            raise UserError(f"{first} does not read {name}; these do: {', '.join(readers(name))}.")
         setattr(settings, name, read_value(name, text, getattr(settings, name)))
         flags.append(name)
     check_settings(settings)
     return first, settings, flags
+
+
+def readers(name):
+    """Return the presets, commands and experiments that read a setting."""
+    commands = [command for command, names in COMMANDS.items() if name in names]
+    if name in OF_EXPERIMENTS:
+        return ["features"] if name in OF_FEATURES else [*EXPERIMENTS]
+    if name in {*COMMANDS["classify"]} - {"SEED", "OUT_DIR"}:
+        return commands
+    return [*PRESETS, *commands, *(() if name in NOT_OF_EXPERIMENTS else EXPERIMENTS)]
 
 
 def check_settings(s):
@@ -1812,7 +1795,10 @@ def choose_device(wanted):
         raise UserError(f"DEVICE={wanted} is not available here; use --DEVICE=auto.")
     best = next(name for name, there in usable.items() if there and wanted in ("auto", name))
     if best == "cuda":                                   # torchrun: one device per process
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        mine, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if mine >= there:
+            raise UserError(f"more processes than GPUs; use --nproc-per-node={there} at most.")
+        torch.cuda.set_device(mine)
     why = dict(cuda="the fastest kind", mps="no CUDA here", cpu="no CUDA and no MPS here")[best]
     return torch.device(best), why if wanted == "auto" else "as asked for"
 
@@ -1840,17 +1826,6 @@ def joined_processes(settings):
         torch.distributed.barrier()                      # who leaves early may take others along
     finally:
         torch.distributed.destroy_process_group()
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """Let the first process do something before the others do it."""
-    rank, world = processes()
-    if rank:
-        torch.distributed.barrier()
-    yield
-    if world > 1 and not rank:
-        torch.distributed.barrier()
 
 
 def agree(loss, stop, device):
@@ -1938,8 +1913,11 @@ def matmul_rate(device, precision, size=2048):
 
 
 def run_folder(settings, name, *key):
-    """Make and return a run's folder: its name, for any file system, and a hash of `key`."""
+    """Make and return a run's folder: `name`, a hash of `key` and of the data files' contents."""
     name = re.sub("[^A-Za-z0-9.=_-]", "_", name[:100])
+    words = f"{settings.TRAIN_DATASET},{settings.EVAL_DATASETS},{settings.FEATURES_FILE}".split(",")
+    files = [Path(word.strip().rstrip("?")) for word in words if ".npz" in word]
+    key += tuple(hashlib.blake2b(path.read_bytes()).digest() for path in files if path.exists())
     key = hashlib.blake2b(repr(key).encode(), digest_size=3).hexdigest()
     return make_folder(Path(settings.OUT_DIR, f"{name}-{key}"))
 
@@ -1979,7 +1957,7 @@ def progress_table(rows, settings):
 def result_table(results):
     """Return the lines of the final table and the greppable ones."""
     lengths, greppable = results["context_lengths"], []
-    ours = results["settings"].get("ARCHITECTURE", "transformer").capitalize()
+    ours = MODELS[results["settings"]["ARCHITECTURE"]]
     lines = ["", f"{'Accuracy (%) after so many examples':38}" + "".join(f"{n:6}" for n in lengths)]
 
     def row(label, cells):
@@ -1989,10 +1967,11 @@ def result_table(results):
         for learner, curve in entry["curves"].items():
             at = {n: i for i, n in enumerate(curve["examples"])}
             cells = [f"{100 * curve['accuracy'][at[n]]:.1f}" if n in at else "" for n in lengths]
-            row(f"{name}: {ours}" if learner == "Transformer" else "  " + learner, cells)
-            if learner == "Transformer":
+            row(f"{name}: {ours}" if learner == ours else "  " + learner, cells)
+            if learner == ours:
                 half = 50 * np.subtract(curve["high"], curve["low"])
-                row("  95 % interval, ±", [f"{half[n]:.1f}" for n in lengths])
+                row("  95 % interval, ±",
+                    [f"{half[at[n]]:.1f}" if n in at else "" for n in lengths])
                 key = f"{name.replace(' ', '-')}@{lengths[-1]}"
                 greppable.append(f"{key}: {cells[-1]} ± {half[-1]:.1f}")
         row("  chance", [f"{100 / entry['classes']:.1f}" for n in lengths])
@@ -2012,17 +1991,17 @@ def write_csv(path, rows, called=None):
 def plot(path, results):
     """Draw accuracy by number of examples, one panel per data set."""
     from matplotlib.figure import Figure                 # no pyplot: needs no display, no state
-    entries = results["data_sets"]
+    entries, ours = results["data_sets"], MODELS[results["settings"]["ARCHITECTURE"]]
     figure = Figure(figsize=(max(6, 4.4 * len(entries)), 4.4), layout="constrained")
     panels = figure.subplots(1, len(entries), sharey=True, squeeze=False)[0]
     for panel, (name, entry) in zip(panels, entries.items()):
         for color, (learner, curve) in enumerate(entry["curves"].items()):
             accuracy, low, high = (100 * np.array(curve[k]) for k in ("accuracy", "low", "high"))
-            if learner == "Transformer":
-                panel.fill_between(curve["examples"], low, high, color="C0", alpha=0.25, lw=0)
-                panel.plot(curve["examples"], accuracy, "C0", lw=2, zorder=5, label="Transformer")
-            elif len(accuracy) == 1:
+            if len(accuracy) == 1:
                 panel.plot(curve["examples"], accuracy, "C0D", ms=5, zorder=5, label=learner)
+            elif learner == ours:
+                panel.fill_between(curve["examples"], low, high, color="C0", alpha=0.25, lw=0)
+                panel.plot(curve["examples"], accuracy, "C0", lw=2, zorder=5, label=learner)
             else:
                 panel.plot(curve["examples"], accuracy, f"C{color}.--", lw=1, label=learner)
         panel.axhline(100 / entry["classes"], color="grey", ls=":", label="chance")
@@ -2170,7 +2149,7 @@ def trained(settings, dataset, precision):
 
 
 def one_run(job):
-    """Make one run of an experiment, in a process of its own; return what is to be kept of it."""
+    """Make one run of an experiment, in any process; return what is to be kept of it."""
     name, values, cell, threads = job
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -2187,7 +2166,7 @@ def one_run(job):
 @functools.lru_cache(maxsize=1)
 def data_of_runs(pairs, device):
     """Return (training, validation, tests) for settings given as pairs; the last ones are kept."""
-    training, validation, tests, _ = load_all(default_settings(**dict(pairs)), device)
+    training, validation, tests, _ = load_all(default_settings(**dict(pairs), NUM_TASKS=0), device)
     return training, validation, {name: dataset for name, (dataset, _) in tests.items()}
 
 
@@ -2207,8 +2186,6 @@ def runs_of(name, settings, flags):
 
 def sweep(name, settings, flags):
     """Make the runs of an experiment that are not yet made; write and print what they tell."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise UserError(f"{name} starts processes by itself; run it without torchrun.")
     device, why = choose_device(settings.DEVICE)
     precision = choose_precision(settings.PRECISION, device)
     if settings.FEATURES_FILE:
@@ -2297,7 +2274,7 @@ def run_all(jobs, workers):
 def both_ends(model, dataset, settings, precision, num_tasks=0):
     """Return the accuracy on the first and that on the last tenth of the examples."""
     hits, *_ = count_hits(model, dataset, settings.EVAL_SEQUENCES, settings, precision, num_tasks)
-    curve = hits["Transformer"] / settings.EVAL_SEQUENCES
+    curve = hits["in-context"] / settings.EVAL_SEQUENCES
     return curve[0], curve[-max(1, len(curve) // 10):].mean()
 
 
@@ -2336,7 +2313,7 @@ def report_phases(rows, figure):
                 surely = [f"{n:,}" for n, mean, half in found if mean - half > 0.1]
                 lines.append(f"  {kind}: 95 % interval above 10 points with {', '.join(surely)} "
                              "tasks" if surely else f"  {kind}: nowhere surely above 10 points")
-        panels[0].set_xscale("log", base=2)
+        panels[0].set_xscale("symlog", base=2, linthresh=1)            # 0: fresh tasks
         panels[0].set_ylim(-5, 65)
         for panel, kind in zip(panels[1:], ("training tasks", "unseen tasks")):
             heat_map(panel, select(mine, tested_on=kind), "NUM_TASKS", "MODEL_SIZE", "last",
@@ -2381,8 +2358,8 @@ def measure_plateau(settings, data, precision, every=20, enough=3):
     """
     (training, validation, _), steps = data, []
     losses = {num_tasks: [] for num_tasks in (settings.NUM_TASKS, 0)}    # one, where all are fresh
-    batches = {num_tasks: draw_sequences(validation, 256, settings, ("plateau",), num_tasks)
-               for num_tasks in losses}
+    batches = {num_tasks: draw_sequences(validation, 256, settings, ("plateau", settings.EVAL_SEED),
+                                         num_tasks) for num_tasks in losses}
     for model, step in training_steps(settings, training, precision):
         if step % every == 0 or step == settings.STEPS:
             steps.append(step)
@@ -2445,12 +2422,21 @@ def power_law(x, y):
 
 
 # architectures: is it the state that matters, or the parameters? (paper, figure on state size)
+def state_size(s, length):
+    """Return how many numbers a model carries from one example to the next, after `length`."""
+    D, width = s.MODEL_SIZE, s.MODEL_SIZE // s.NUM_HEADS
+    if s.ARCHITECTURE.startswith("vsml"):
+        return 2 * s.CELL_SIZE * (D * D if s.ARCHITECTURE == "vsml_free" else s.PROJECTION_SIZE * C)
+    return s.NUM_LAYERS * dict(transformer=2 * length * D, mlp=0, lstm=2 * D,    # keys and values
+                               outer_lstm=D * width + D, deltanet=D * width)[s.ARCHITECTURE]
+
+
 def measure_architectures(settings, data, precision):
     """Return the accuracy at the end of the sequence beside the sizes of state and parameters."""
     training, _, tests = data
     model = trained(settings, training, precision)
     return [dict(tested_on=name, accuracy=both_ends(model, dataset, settings, precision)[1],
-                 state=model.state_size(settings.NUM_EXAMPLES),
+                 state=state_size(settings, settings.NUM_EXAMPLES),
                  parameters=sum(p.numel() for p in model.parameters()))
             for name, dataset in tests.items()]
 
@@ -2459,7 +2445,8 @@ def rank_correlation(x, y):
     """Return Spearman's rank correlation of x and y; equal values share their mean rank."""
     ranks = [(np.less.outer(v, v).sum(0) + np.less_equal.outer(v, v).sum(0) + 1) / 2
              for v in (x, y)]
-    return np.corrcoef(*ranks)[0, 1]
+    with np.errstate(all="ignore"):                      # nan where all values are equal
+        return np.corrcoef(*ranks)[0, 1]
 
 
 def report_architectures(rows, figure):
@@ -2502,7 +2489,7 @@ def measure_table(settings, data, precision):
     lengths = [settings.NUM_EXAMPLES - 1] if method == "transformer" else []
     for name, dataset in tests.items():
         hits, *_ = count_hits(model, dataset, n, settings, precision, lengths=lengths)
-        found = {"GPICL" if method == "transformer" else method.upper(): hits["Transformer"][-1]}
+        found = {"GPICL" if method == "transformer" else method.upper(): hits["in-context"][-1]}
         if lengths:
             found["SGD"] = hits["SGD (softmax)"][-1]
         rows += [dict(method=word, tested_on=name, accuracy=right / n,
@@ -2592,6 +2579,9 @@ def measure_features(settings, data, precision):
             raise UserError("without a FEATURES_FILE the features are made of grey images: train "
                             "and test on MNIST, FashionMNIST or the like.")
         few = training.y < known                         # nothing sees the other classes
+        if settings.IMAGE_SIZE < 4 or few.sum() < settings.NUM_EXAMPLES:
+            raise UserError(f"half of the classes have {few.sum()} images; expected NUM_EXAMPLES="
+                            f"{settings.NUM_EXAMPLES} or more, of IMAGE_SIZE=4 or more.")
         training = training._replace(x=training.x[few], y=training.y[few], classes=known)
         body, test = train_features(training, settings), tests[training.name]
         images, y = test.x[test.y >= known], test.y[test.y >= known] - known
@@ -2652,6 +2642,8 @@ def measure_algorithm(settings, data, precision):
     and over the training; and with those of a model with another seed, for comparison. Compared
     are sequences whose query is of a class among two or more that were shown.
     """
+    if settings.ARCHITECTURE == "maml":
+        raise UserError("algorithm asks early and late; maml answers after all examples only.")
     (training, _, tests), n, rows = data, settings.EVAL_SEQUENCES, []
     longest = settings.NUM_EXAMPLES - 1
     lengths = [k for k in (10, 20, 50) if k < longest] + [longest]
@@ -2660,10 +2652,10 @@ def measure_algorithm(settings, data, precision):
     found = {name: predictions(twin, dataset, n, settings, precision, lengths=lengths)
              for name, dataset in tests.items()}
     for known, *_ in found.values():
-        known["same model, other seed"] = known.pop("Transformer")[:, lengths]
+        known["same model, other seed"] = known.pop("in-context")[:, lengths]
     for model, step in training_steps(settings, training, precision):
         for name, (known, y, *_) in found.items() if step in marks else ():
-            mine = predictions(model, tests[name], n, settings, precision)[0]["Transformer"]
+            mine = predictions(model, tests[name], n, settings, precision)[0]["in-context"]
             learners = {"in-context": mine[:, lengths], **known}
             pairs = [(a, b) for a, b in itertools.combinations(learners, 2)
                      if a == "in-context" or step == settings.STEPS]
@@ -2801,20 +2793,6 @@ def load_tests(name, settings, device, notices):
     return tests
 
 
-def announce(preset, settings, device, why, precision, data, model, folder, log):
-    """Say what is about to happen."""
-    base = vars(default_settings())
-    changed = [f"{k}={v}" for k, v in vars(settings).items() if v != base[k]]
-    log(f"Device      {device.type} ({why}), {precision}; {machine(device)}")
-    for use, dataset in data:
-        n, pixels = dataset.x.shape
-        log(f"Data        {dataset.name}, {use}: {n:,} of {pixels} numbers, "
-            f"{dataset.classes} classes")
-    log(f"Model       {sum(p.numel() for p in model.parameters()):,} parameters")
-    log(f"Settings    {preset}" + "".join(f", {word}" for word in changed))
-    log(f"Run folder  {folder}")
-
-
 def speed(model, training, settings, progress, precision, log):
     """Say and return how fast the steps were, beside what the machine could do."""
     x, y = draw_sequences(training, settings.BATCH_SIZE, settings, ("speed",))
@@ -2831,22 +2809,29 @@ def speed(model, training, settings, progress, precision, log):
 
 def run(preset, settings):
     """Meta-train, evaluate and report; continue where a run of the same settings stopped."""
-    began, rank = time.time(), processes()[0]
+    began, (rank, world) = time.time(), processes()
     device, why = choose_device(settings.DEVICE)
     precision = choose_precision(settings.PRECISION, device)
-    with first_process_first():                          # it downloads what the others then find
-        training, validation, tests, notices = load_all(settings, device)
-        chosen, base = identity(vars(settings)), {**vars(default_settings()), **PRESETS[preset]}
-        words = [f"{k}={v}" for k, v in chosen.items() if v != base[k]]
-        folder = run_folder(settings, "-".join([training.name, preset, *words]), training.name,
-                            sorted(chosen.items()))
+    if rank:                                             # the first process downloads the data
+        torch.distributed.barrier()
+    training, validation, tests, notices = load_all(settings, device)
+    if world > 1 and not rank:
+        torch.distributed.barrier()
+    chosen, default = identity(vars(settings)), vars(default_settings())
+    words = [f"{k}={v}" for k, v in chosen.items() if v != {**default, **PRESETS[preset]}[k]]
+    folder = run_folder(settings, "-".join([training.name, preset, *words]), training.name,
+                        sorted(chosen.items()))
     log = log_to(folder / "log.txt", silent=rank > 0)
-    log(*notices)
     torch.manual_seed(settings.SEED)
     model = make_model(settings).to(device)
     data = [("meta-training", training), ("validation", validation)] + [
         ("test", dataset) for dataset in {id(d): d for d, _ in tests.values()}.values()]
-    announce(preset, settings, device, why, precision, data, model, folder, log)
+    changed = [f", {k}={v}" for k, v in vars(settings).items() if v != default[k]]
+    log(*notices, f"Device      {device.type} ({why}), {precision}; {machine(device)}", *(
+        f"Data        {dataset.name}, {use}: {len(dataset.x):,} of {dataset.x.shape[1]} numbers, "
+        f"{dataset.classes} classes" for use, dataset in data),
+        f"Model       {sum(p.numel() for p in model.parameters()):,} parameters\n"
+        f"Settings    {preset}{''.join(changed)}\nRun folder  {folder}")
 
     report, final = folder / "results.json", folder / "model.pt"
     if report.exists() and final.exists():
@@ -2858,14 +2843,16 @@ def run(preset, settings):
         model, training, validation, settings, folder, precision, log)
     if rank:
         return                                           # the rest is the first process's work
-    save_checkpoint(final, settings, model, progress=progress, trained_on=training.name)
+    source = settings.TRAIN_DATASET
+    save_checkpoint(final, settings, model, progress=progress, trained_on=training.name, source=str(
+        Path(source).resolve()) if source.endswith(".npz") else source, device=device.type)
     for done in folder.glob("checkpoint*.pt"):           # and what a kill left half written
         done.unlink(missing_ok=True)
     with contextlib.suppress(shutil.SameFileError):      # it may be the copy that runs
         shutil.copyfile(__file__, folder / Path(__file__).name)
     fast = speed(model, training, settings, progress, precision, log)
     test_and_report(model, tests, settings, precision, folder, log, began, dict(
-        trained_on=training.name, preset=preset, processes=processes()[1],
+        trained_on=training.name, preset=preset, processes=world,
         steps=progress["step"], **fast, progress=progress["rows"]))
 
 
@@ -2907,17 +2894,20 @@ def evaluate_checkpoint(settings, flags):
     if "trained_on" not in saved:
         raise UserError(f"{path} is not the model.pt of a run; give one with --CHECKPOINT=path.")
     check_context(model, settings.NUM_EXAMPLES - 1)
-    notices, name = [], saved["settings"]["TRAIN_DATASET"]
+    notices, name = [], saved.get("source", saved["settings"]["TRAIN_DATASET"])
     name = saved["trained_on"] if name == "auto" else name
+    before = saved["settings"]["IMAGE_SIZE"], saved.get("device", device.type)
+    if before != (settings.IMAGE_SIZE, device.type):     # where fixed tasks would be others
+        settings.NUM_TASKS = 0
     tests = load_tests(name, settings, device, notices)
     folder = run_folder(settings, "-".join(["evaluation", *tests]), path.resolve(),
                         sorted(vars(settings).items()))
     log = log_to(folder / "log.txt")
     log(*notices, f"Device      {device.type} ({why}), {precision}\n"
-        f"Model       {path}, meta-trained on {name}\n"
+        f"Model       {path}, meta-trained on {saved['trained_on']}\n"
         f"Data        {', '.join(tests)}\nRun folder  {folder}")
     test_and_report(model, tests, settings, precision, folder, log, began,
-                    dict(trained_on=name, checkpoint=str(path)))
+                    dict(trained_on=saved["trained_on"], checkpoint=str(path)))
 
 
 def classify(settings):
@@ -2953,6 +2943,23 @@ def classify(settings):
               f"(95 % interval {100 * low:.1f} to {100 * high:.1f})")
 
 
+def explained(error):
+    """Return what to tell a user of an error; nothing, if it is a mistake of this program."""
+    words = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"{words}; to install what is needed: pip install -r requirements.txt"
+    if isinstance(error, OSError):
+        return (f"{words}. Is the disk full, or a folder gone? What was saved before is kept; the "
+                "same command goes on from there.")
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(
+            "(allocate|out of) memory", words):
+        return (f"there is too little memory ({words[:160]}); try fewer or shorter sequences "
+                "(BATCH_SIZE, NUM_EXAMPLES) or a smaller model.")
+    return ""
+
+
 def main(arguments):
     """Run a command line; return the exit code."""
     socket.setdefaulttimeout(20)                         # for downloads from a silent network
@@ -2962,6 +2969,8 @@ def main(arguments):
             print(help_text(), flush=True)
             return 0
         word, settings, flags = read_settings(arguments)
+        if word not in PRESETS and "TORCHELASTIC_RUN_ID" in os.environ:
+            raise UserError(f"{word} is not for several processes; run it without torchrun.")
         if word == "evaluate":
             evaluate_checkpoint(settings, flags)
         elif word == "classify":
@@ -2971,26 +2980,17 @@ def main(arguments):
         else:
             with joined_processes(settings):
                 run(word, settings)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:                              # the reader has left, as of --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
-        print(f"error: {error}. Is the disk full, or a folder gone? What was saved before is kept; "
-              "the same command goes on from there.", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        words = " ".join(str(error).split())
-        if not isinstance(error, MemoryError) and not re.search("(allocate|out of) memory", words):
-            raise
-        print(f"error: there is too little memory ({words[:160]}); try fewer or shorter sequences "
-              "(BATCH_SIZE, NUM_EXAMPLES) or a smaller model.", file=sys.stderr)
-        return 2
     except KeyboardInterrupt as stopped:
         print(str(stopped) or "Stopped; run the same command again to go on.")
         return 130
+    except Exception as error:
+        if not (told := explained(error)):
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return 2
     return 0
 
 

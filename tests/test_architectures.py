@@ -53,7 +53,8 @@ def test_lstm_equals_its_equations(tiny):
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
         assert torch.allclose(layer(x, None)[:, t], h, atol=1e-5)
-    assert layer.state_size(7) == h[0].numel() + c[0].numel()
+    settings = tiny(ARCHITECTURE="lstm", NUM_LAYERS=3)
+    assert gpicl.state_size(settings, 7) == 3 * (h[0].numel() + c[0].numel())
 
 
 def test_guided_lstm_starts_as_nearest_centroid(tiny, blobs):
@@ -89,7 +90,8 @@ def test_outer_product_lstm_equals_a_plain_loop(tiny):
                 heads.append(o.sigmoid() * (cells[n] @ q.tanh()))
             out = torch.cat(heads)
             assert torch.allclose(found[b, t], out, atol=1e-5)
-    assert layer.state_size(6) == out.numel() + sum(cell.numel() for cell in cells)
+    settings = tiny(ARCHITECTURE="outer_lstm", NUM_LAYERS=1)
+    assert gpicl.state_size(settings, 6) == out.numel() + sum(cell.numel() for cell in cells)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 32, 50])
@@ -111,8 +113,8 @@ def test_delta_rule_in_chunks_equals_the_recurrence(chunk):
     for a, b in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v), retain_graph=True)
                       for out in (found, expected))):
         assert torch.allclose(a, b, atol=1e-8)
-    assert gpicl.GatedDeltaNet(gpicl.default_settings(MODEL_SIZE=24, NUM_HEADS=3), True
-                               ).state_size(37) == 3 * 8 * 8
+    settings = gpicl.default_settings(ARCHITECTURE="deltanet", MODEL_SIZE=24, NUM_HEADS=3)
+    assert gpicl.state_size(settings, 37) == settings.NUM_LAYERS * state[0].numel()
 
 
 def test_vsml_is_blind_to_the_order_of_classes_and_inputs(tiny):
@@ -185,7 +187,7 @@ def test_maml_learns_its_start_and_its_rates(tiny, blobs):
     for before, after in zip(untrained.parameters(), model.parameters(), strict=True):
         assert (before != after).all(-1).any()
     hits, *_ = gpicl.count_hits(model, blobs, 256, settings, "fp32")
-    assert hits["Transformer"][-1] / 256 > 0.5
+    assert hits["in-context"][-1] / 256 > 0.5
 
 
 @pytest.mark.parametrize("architecture", [*SEQUENCE_MODELS, "mlp"])

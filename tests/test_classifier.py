@@ -357,6 +357,15 @@ def test_classify_from_csv_files(model_file, tmp_path, capsys, monkeypatch):
     pandas = write(tmp_path / "pandas.csv", [[*range(6), "kind"], *rows[:40]])
     assert gpicl.read_examples(pandas, "last")[0].shape == (40, 6)
 
+    # a number for the labels' column is no name, though the first row may hold it
+    counted = write(tmp_path / "counted.csv", [[2, 5, 1, 8], [1, 6, 2, 7], [2, 4, 3, 9]])
+    x, labels, words = gpicl.read_examples(counted, "1")
+    assert labels.tolist() == [2, 1, 2] and x[:, 0].tolist() == [5, 6, 4] and words is None
+    assert gpicl.read_examples(counted, "1", features=4)[0].shape == (3, 4)
+    named = write(tmp_path / "named.csv", [[0, 1, 2], [5, 6, 7], [5, 8, 9]])
+    x, labels, words = gpicl.read_examples(named, "1")
+    assert labels.tolist() == [6, 8] and words == ["0", "2"]
+
     # labels that look like numbers, with spaces, against numbers
     spaced = write(tmp_path / "spaced.csv", [[*x, f" {c}"] for x, c in zip(X[:40], y[:40])])
     np.savez(tmp_path / "numbers.npz", x=X[40:], y=y[40:].astype(float))
@@ -384,6 +393,7 @@ def test_classify_says_what_is_wrong(model_file, tmp_path, fails):
             ("word", [[1, "red", "a"], [3, "blue", "b"], [3, "x", "b"]],
              "'blue' in line 2, column 2, is not a number"),
             ("underscore", [[1, 2, "a"], [3, "1_0", "b"]], "'1_0' in line 2, column 2, is not"),
+            ("gap", [[1, 2, "a"], ["", "", ""], [3, 4, "b"]], "'' in line 2, column 1, is not"),
             ("hole", [[1, 2, "a"], [3, "", "b"]], "'' in line 2, column 2, is not a number"),
             ("nan", [[1, 2, "a"], [3, "nan", "b"]],
              "NaN, infinite or huge numbers, first in row 2"),
@@ -412,13 +422,14 @@ def test_classify_says_what_is_wrong(model_file, tmp_path, fails):
     assert "can't write PREDICTIONS_FILE" in fails(
         [*both, f"--PREDICTIONS_FILE={tmp_path}/no/p.csv"])
     assert "classify does not read STEPS" in fails([*both, "--STEPS=3"])
-    assert "TRAIN_FILE belongs to the command classify" in fails([f"--TRAIN_FILE={good}"])
+    assert "default does not read TRAIN_FILE; these do: classify." in fails(
+        [f"--TRAIN_FILE={good}"])
     assert "there is no model.pt in OUT_DIR" in fails([
         "classify", *both[2:], f"--OUT_DIR={tmp_path}/none"])
 
 
-def test_evaluate_gives_the_curves_of_training_again_and_of_other_data(tiny_flags, tmp_path, capsys,
-                                                                       fails):
+def test_evaluate_gives_the_curves_of_training_again_and_of_other_data(
+        tiny_flags, tmp_path, capsys, fails, monkeypatch):
     assert gpicl.main(tiny_flags(AVERAGED_PASSES=2)) == 0
     capsys.readouterr()
     random = np.random.default_rng(0)
@@ -432,11 +443,12 @@ def test_evaluate_gives_the_curves_of_training_again_and_of_other_data(tiny_flag
     again, = (tmp_path / "runs").glob("evaluation-blobs-wide-*/results.json")
     again = json.loads(again.read_text())
     assert set(again["data_sets"]) == {"blobs", "wide"}
-    assert again["trained_on"].endswith("blobs.npz")
+    assert again["trained_on"] == "blobs"
     assert again["settings"]["AVERAGED_PASSES"] == 2     # as in training
     assert json.loads(trained.read_text())["settings"]["STEPS"] == again["settings"]["STEPS"]
     # the rows that were trained on are never tested on, under whatever name the file goes
-    for name in (blobs, tmp_path / "runs" / ".." / "blobs.npz"):
+    monkeypatch.chdir(tmp_path / "runs")
+    for name in (blobs, "../blobs.npz"):
         assert gpicl.main([*command, f"--EVAL_DATASETS={name}"]) == 0
         assert "blobs@11" in capsys.readouterr().out
     same = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob(
@@ -446,6 +458,16 @@ def test_evaluate_gives_the_curves_of_training_again_and_of_other_data(tiny_flag
     assert all(found["data_sets"]["blobs"]["curves"] == curves for found in same)
     assert gpicl.main([*command, f"--EVAL_DATASETS={blobs}", "--NUM_EXAMPLES=60"]) == 0
     assert "blobs@59: " in capsys.readouterr().out       # more than VALIDATION_IMAGES=50
+    # fixed tasks are seen ones only where they are those of the training
+    monkeypatch.chdir(tmp_path)
+    assert gpicl.main(tiny_flags(TRAIN_DATASET="blobs.npz", EVAL_DATASETS="auto",
+                                 NUM_TASKS=8)) == 0
+    monkeypatch.chdir(tmp_path / "runs")
+    for flags, row in (([], "blobs, seen tasks: T"), (["--IMAGE_SIZE=5"], "blobs: T")):
+        capsys.readouterr()
+        assert gpicl.main([*command, f"--EVAL_DATASETS={blobs}", *flags]) == 0
+        printed = capsys.readouterr().out
+        assert row in printed and ("seen" in printed) == (not flags)
     assert "evaluate does not read STEPS" in fails([*command, "--STEPS=3"])
     assert "there is no checkpoint" in fails(["evaluate", "--CHECKPOINT=nowhere.pt"])
     assert "truncated or not a checkpoint.\n" in fails(["evaluate", f"--CHECKPOINT={blobs}"])

@@ -61,6 +61,24 @@ def test_numbers_are_read_and_nothing_is_evaluated():
     assert settings.COMPARE_IMAGES is False and settings.SEED == 7
 
 
+def test_torchrun_is_for_training_on_as_many_gpus_as_there_are(fails, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    for word in ("evaluate", "classify", "phases"):
+        assert f"{word} is not for several processes" in fails([word])
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "use --nproc-per-node=2 at most" in fails([])
+
+
+def test_a_missing_package_is_named(fails, monkeypatch):
+    def run(*_):
+        raise ModuleNotFoundError("No module named 'matplotlib'")
+    monkeypatch.setattr(gpicl, "run", run)
+    error = fails([])
+    assert "No module named 'matplotlib'" in error and "pip install -r requirements.txt" in error
+
+
 def test_every_preset_is_valid_and_overridden_by_flags():
     for preset in gpicl.PRESETS:
         assert gpicl.read_settings([preset, "--STEPS=11"])[1].STEPS == 11
@@ -311,7 +329,7 @@ def test_a_full_disk_gets_a_clear_sentence(tiny_flags, tmp_path):
     assert gpicl.main(flags) == 0 and (folder / "model.pt").exists()
 
 
-@pytest.mark.parametrize("place, words", [("announce", "a folder gone"), ("speed", "can't write")])
+@pytest.mark.parametrize("place, words", [("machine", "a folder gone"), ("speed", "can't write")])
 def test_a_folder_that_goes_away(place, words, tiny_flags, tmp_path, fails, monkeypatch):
     def gone(*_):
         shutil.rmtree(tmp_path / "runs")

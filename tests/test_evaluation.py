@@ -100,7 +100,7 @@ class Neighbour(torch.nn.Module):
 def test_averaging_undoes_its_permutations_and_beats_one_noisy_pass(blobs, tiny):
     """With few outputs one projection is noisy; the mean over several must win clearly."""
     settings = tiny(EVAL_SEQUENCES=400, PROJECTION_SIZE=6, AVERAGED_PASSES=8)
-    single = gpicl.count_hits(Neighbour(), blobs, 400, settings, "fp32")[0]["Transformer"][-1]
+    single = gpicl.count_hits(Neighbour(), blobs, 400, settings, "fp32")[0]["in-context"][-1]
     one, eight = (gpicl.count_averaged_hits(
         Neighbour(), blobs, 400, tiny(PROJECTION_SIZE=6, AVERAGED_PASSES=n), "fp32")
         for n in (1, 8))

@@ -114,17 +114,21 @@ def test_a_stopped_sweep_says_so_and_keeps_its_runs(number, rendered_dir, tmp_pa
 @pytest.mark.parametrize("arguments, expected", [
     (["phases", "--STEPZ=3"], "did you mean STEPS?"),
     (["phase"], "did you mean phases?"),
-    (["quick", "--SEEDS=3"], "SEEDS is read by the experiments: phases"),
-    (["phases", "--WAYS=3"], "WAYS is read by the experiments: features."),
+    (["quick", "--SEEDS=3"], "quick does not read SEEDS; these do: phases, "),
+    (["phases", "--WAYS=3"], "phases does not read WAYS; these do: features."),
     (["phases", "--AVERAGED_PASSES=3"], "phases does not read AVERAGED_PASSES"),
     (["phases", "--TOKEN_FORMAT=pairs"], "compares models of different TOKEN_FORMAT"),
     (["features", "--TOKEN_FORMAT=paper", "--SHOTS=9"], "positions for at most 11 examples"),
     (["features", "--WAYS=6", "--SHOTS=1", "--NUM_EXAMPLES=12", "--IMAGE_SIZE=8"],
      "episodes need WAYS=6"),
-    (["phases", "--CHECKPOINT=a.pt"], "CHECKPOINT belongs to the command"),
+    (["phases", "--CHECKPOINT=a.pt"],
+     "phases does not read CHECKPOINT; these do: evaluate, classify."),
     (["phases", "--MODEL_SIZE=31"], "multiple of NUM_HEADS"),
     (["features", "--SHOTS=many"], "and numbers of examples such as 1,5"),
     (["features", "--WAYS=30"], "at most 10 ways"),
+    (["features", "--SHOTS=1", "--IMAGE_SIZE=3"],
+     "expected NUM_EXAMPLES=12 or more, of IMAGE_SIZE=4"),
+    (["algorithm", "--ARCHITECTURE=maml"], "maml answers after all examples only"),
     (["features", "--FEATURES_FILE=none.npz"], "there is no file none.npz"),
     (["--ATTENTION_SCALE=0"], "expected a number above 0"),
     (["--GRADIENT_CLIP=0"], "expected a number above 0"),
@@ -232,6 +236,22 @@ def test_features_of_many_classes_come_from_a_file(sweep, tmp_path):
     assert found["nearest centroid"] > 0.95 and found["in-context"] > 0.6
 
 
+def test_a_file_that_changed_makes_a_new_run(sweep, tmp_path):
+    generator, path = np.random.default_rng(0), tmp_path / "embeddings.npz"
+    for seed in (0, 0, 1):
+        np.savez(path, x=np.random.default_rng(seed).standard_normal((60, 5)), y=np.arange(60) % 6)
+        sweep("features", FEATURES_FILE=path, SHOTS="1", SEEDS=1, STEPS=1)
+    runs = [len(gpicl.read_runs(path)) for path in (tmp_path / "runs").glob("*/runs.jsonl")]
+    assert runs == [1, 1]
+
+
+def test_data_of_runs_are_the_test_images_once(monkeypatch, rendered_dir):
+    monkeypatch.setattr(gpicl, "NUM_TASKS", 8)           # as edited at the top of the file
+    pairs = dict(TRAIN_DATASET="RenderedDigits", EVAL_DATASETS="auto", DATA_DIR=str(rendered_dir))
+    assert [*gpicl.data_of_runs(tuple(pairs.items()), "cpu")[2]] == [
+        "RenderedDigits", "RenderedLetters"]
+
+
 def test_random_points_are_learnt_by_heart(tiny):
     settings = tiny(NUM_EXAMPLES=100, IMAGE_SIZE=8)
     dataset = gpicl.load_dataset("Random", "unseen", settings, "cpu")
@@ -241,8 +261,12 @@ def test_random_points_are_learnt_by_heart(tiny):
 
 
 def test_other_architectures_in_the_main_job_and_its_commands(tiny_flags, tmp_path, capsys, fails):
-    for architecture in ("lstm", "vsml", "maml"):
+    for architecture, name in (("lstm", "LSTM"), ("vsml", "VSML"), ("maml", "MAML")):
         assert gpicl.main(tiny_flags(ARCHITECTURE=architecture, STEPS=2)) == 0
+        assert f"blobs: {name}" in capsys.readouterr().out
+        newest = max((tmp_path / "runs").glob("*/curves.csv"), key=lambda path: path.stat().st_mtime)
+        lengths = [int(row["examples"]) for row in table(newest) if row["learner"] == name]
+        assert lengths == ([11] if name == "MAML" else [*range(12)])
     assert gpicl.main(["evaluate", f"--OUT_DIR={tmp_path / 'runs'}", "--EVAL_DATASETS=Random"]) == 0
     newest = gpicl.newest_checkpoint(gpicl.default_settings(OUT_DIR=str(tmp_path / "runs")))
     capsys.readouterr()
