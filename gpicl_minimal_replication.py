@@ -2702,7 +2702,8 @@ EXPERIMENTS = {
         "Accuracy against state and against parameters",
         dict(SMALL, BATCH_SIZE=32),                      # an LSTM needs a start, or stays at chance
         [dict(cell, GUIDED_START=cell["ARCHITECTURE"] == "lstm") for cell in (
-            *product(ARCHITECTURE=["transformer", "deltanet", "outer_lstm"], MODEL_SIZE=[32, 64, 128]),
+            *product(ARCHITECTURE=["transformer", "deltanet", "outer_lstm"],
+                     MODEL_SIZE=[32, 64, 128]),
             *product(ARCHITECTURE=["lstm"], MODEL_SIZE=[64, 128, 256]),
             *product(ARCHITECTURE=["vsml"], MODEL_SIZE=[64], CELL_SIZE=[4, 8]),
             *product(ARCHITECTURE=["vsml_free"], MODEL_SIZE=[8, 16], CELL_SIZE=[8]))],
@@ -2850,10 +2851,9 @@ def run(preset, settings):
         done.unlink(missing_ok=True)
     with contextlib.suppress(shutil.SameFileError):      # it may be the copy that runs
         shutil.copyfile(__file__, folder / Path(__file__).name)
-    fast = speed(model, training, settings, progress, precision, log)
     test_and_report(model, tests, settings, precision, folder, log, began, dict(
-        trained_on=training.name, preset=preset, processes=world,
-        steps=progress["step"], **fast, progress=progress["rows"]))
+        trained_on=training.name, preset=preset, processes=world, steps=progress["step"],
+        **speed(model, training, settings, progress, precision, log), progress=progress["rows"]))
 
 
 def test_and_report(model, tests, settings, precision, folder, log, began, facts):
