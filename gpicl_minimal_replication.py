@@ -2450,30 +2450,30 @@ def rank_correlation(x, y):
 
 
 def report_architectures(rows, figure):
-    """Two panels, accuracy against state and against parameters, with rank correlations."""
+    """Two panels, with rank correlations: over all kinds of model, and over those above chance."""
     figure.set_size_inches(15, 5)
-    first, lines, models = rows[0]["tested_on"], [], {}
+    first, lines, models, points = rows[0]["tested_on"], [], {}, []
     for row in rows:
         models.setdefault((row["ARCHITECTURE"], row["state"], row["parameters"]), []).append(row)
     for (architecture, state, parameters), mine in models.items():
         line = f"{architecture:13}{state:9,} state{parameters:11,} parameters"
         for kind in values_of(mine, "tested_on"):
             mean, half = summary(select(mine, tested_on=kind), "accuracy")
-            more = "" if math.isnan(half) else f" ±{100 * half:4.1f}"
-            line += f"   {kind}{100 * mean:6.1f}{more}"
+            line += f"   {kind}{100 * mean:6.1f} ±{100 * half:4.1f}".replace(" ± nan", "")
+            points += [(state, parameters, mean, mean - half > 1 / C)] if kind == first else []
         lines.append(line)
-    points = np.array([(state, parameters, summary(select(mine, tested_on=first), "accuracy")[0])
-                       for (_, state, parameters), mine in models.items()])
-    samples = np.random.default_rng(0).integers(len(points), size=(2000, len(points)))
-    for panel, column, what in zip(figure.subplots(1, 2, sharey=True), (0, 1),
-                                   ("state", "parameters")):
-        value, *every = (rank_correlation(some[:, column], some[:, 2])
-                         for some in (points, *points[samples]))
-        low, high = np.nanquantile(every, [0.025, 0.975])
-        words = f"rank correlation with {what} {value:.2f} ({low:.2f} to {high:.2f})"
-        curves(select(rows, tested_on=first), panel, what, "accuracy", "ARCHITECTURE",
-               f"accuracy (%) on {first}, {words}")
-        lines.append(f"{first}, {len(points)} kinds of model: {words}")
+    points = np.array(points)
+    learnt = points[points[:, 3] > 0]                    # the others have not left the plateau
+    groups = [(points, "kinds of model"), (learnt, "of them above chance")]
+    for column, what in enumerate(("state", "parameters")):
+        for some, which in groups if len(learnt) > 2 else groups[:1]:
+            again = some[np.random.default_rng(0).integers(len(some), size=(2000, len(some)))]
+            value, *every = (rank_correlation(few[:, column], few[:, 2]) for few in (some, *again))
+            words = "{:.2f} ({:.2f} to {:.2f})".format(value, *np.nanquantile(every, [.025, .975]))
+            words = f"{len(some)} {which}: rank correlation with {what} {words}"
+            lines.append(f"{first}, {words}")
+        curves(select(rows, tested_on=first), figure.add_subplot(1, 2, column + 1), what,
+               "accuracy", "ARCHITECTURE", f"accuracy (%) on {first}\n{words}")
     return lines
 
 
