@@ -2427,7 +2427,7 @@ def state_size(s, length):
     D, width = s.MODEL_SIZE, s.MODEL_SIZE // s.NUM_HEADS
     if s.ARCHITECTURE.startswith("vsml"):
         return 2 * s.CELL_SIZE * (D * D if s.ARCHITECTURE == "vsml_free" else s.PROJECTION_SIZE * C)
-    return s.NUM_LAYERS * dict(transformer=2 * length * D, mlp=0, lstm=2 * D,    # keys and values
+    return s.NUM_LAYERS * dict(mlp=0, lstm=2 * D, transformer=2 * length * D,    # keys and values
                                outer_lstm=D * width + D, deltanet=D * width)[s.ARCHITECTURE]
 
 
@@ -2819,7 +2819,7 @@ def run(preset, settings):
     if world > 1 and not rank:
         torch.distributed.barrier()
     chosen, default = identity(vars(settings)), vars(default_settings())
-    words = [f"{k}={v}" for k, v in chosen.items() if v != {**default, **PRESETS[preset]}[k]]
+    words = [f"{k}={v}" for k, v in chosen.items() if v != PRESETS[preset].get(k, default[k])]
     folder = run_folder(settings, "-".join([training.name, preset, *words]), training.name,
                         sorted(chosen.items()))
     log = log_to(folder / "log.txt", silent=rank > 0)
@@ -2897,9 +2897,9 @@ def evaluate_checkpoint(settings, flags):
     notices, name = [], saved.get("source", saved["settings"]["TRAIN_DATASET"])
     name = saved["trained_on"] if name == "auto" else name
     before = saved["settings"]["IMAGE_SIZE"], saved.get("device", device.type)
-    if before != (settings.IMAGE_SIZE, device.type):     # where fixed tasks would be others
-        settings.NUM_TASKS = 0
-    tests = load_tests(name, settings, device, notices)
+    # Of other images, or by another device's random numbers, fixed tasks would not be those seen.
+    seen = settings.NUM_TASKS if before == (settings.IMAGE_SIZE, device.type) else 0
+    tests = load_tests(name, altered(settings, NUM_TASKS=seen), device, notices)
     folder = run_folder(settings, "-".join(["evaluation", *tests]), path.resolve(),
                         sorted(vars(settings).items()))
     log = log_to(folder / "log.txt")

@@ -415,12 +415,13 @@ def test_classify_says_what_is_wrong(model_file, tmp_path, fails):
     header = write(tmp_path / "header.csv", [["a", "b", "label"]])
     assert "at least one row" in fails([*command, f"--TRAIN_FILE={header}", f"--TEST_FILE={good}"])
     both = [*command, f"--TRAIN_FILE={good}", f"--TEST_FILE={good}"]
-    assert "can't write PREDICTIONS_FILE" in fails([*both, "--PREDICTIONS_FILE="])
+    assert "can't write PREDICTIONS_FILE=: it is not a file" in fails(
+        [*both, "--PREDICTIONS_FILE="])
     assert "no column 'kind'" in fails([*both, "--LABEL_COLUMN=kind"])
     assert "no column '9'" in fails([*both, "--LABEL_COLUMN=9"])
     assert "can't read" in fails([*command, "--TRAIN_FILE=nowhere.csv", f"--TEST_FILE={good}"])
-    assert "can't write PREDICTIONS_FILE" in fails(
-        [*both, f"--PREDICTIONS_FILE={tmp_path}/no/p.csv"])
+    nowhere = f"PREDICTIONS_FILE={tmp_path}/no/p.csv"
+    assert f"can't write {nowhere}" in fails([*both, f"--{nowhere}"])
     assert "classify does not read STEPS" in fails([*both, "--STEPS=3"])
     assert "default does not read TRAIN_FILE; these do: classify." in fails(
         [f"--TRAIN_FILE={good}"])

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -237,7 +238,7 @@ def test_features_of_many_classes_come_from_a_file(sweep, tmp_path):
 
 
 def test_a_file_that_changed_makes_a_new_run(sweep, tmp_path):
-    generator, path = np.random.default_rng(0), tmp_path / "embeddings.npz"
+    path = tmp_path / "embeddings.npz"
     for seed in (0, 0, 1):
         np.savez(path, x=np.random.default_rng(seed).standard_normal((60, 5)), y=np.arange(60) % 6)
         sweep("features", FEATURES_FILE=path, SHOTS="1", SEEDS=1, STEPS=1)
@@ -264,7 +265,7 @@ def test_other_architectures_in_the_main_job_and_its_commands(tiny_flags, tmp_pa
     for architecture, name in (("lstm", "LSTM"), ("vsml", "VSML"), ("maml", "MAML")):
         assert gpicl.main(tiny_flags(ARCHITECTURE=architecture, STEPS=2)) == 0
         assert f"blobs: {name}" in capsys.readouterr().out
-        newest = max((tmp_path / "runs").glob("*/curves.csv"), key=lambda path: path.stat().st_mtime)
+        newest = max((tmp_path / "runs").glob("*/curves.csv"), key=os.path.getmtime)
         lengths = [int(row["examples"]) for row in table(newest) if row["learner"] == name]
         assert lengths == ([11] if name == "MAML" else [*range(12)])
     assert gpicl.main(["evaluate", f"--OUT_DIR={tmp_path / 'runs'}", "--EVAL_DATASETS=Random"]) == 0
