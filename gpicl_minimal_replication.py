@@ -89,7 +89,7 @@ ARCHITECTURE = "transformer"  # lstm, outer_lstm, deltanet, mlp, vsml, vsml_free
 TOKEN_FORMAT = "pairs"       # pairs: (A x_i, A x_i-1, y_i-1); paper: (A x_i, y_i-1)
 COMPARE_IMAGES = True        # give attention the cosines between images (pairs only); False: not
 RIDGE_ATTENTION = True       # heads add a ridge regression of their values (with cosines only)
-GUIDED_START = True          # no cosines: starts comparing (paper: looking back; lstm: class means)
+GUIDED_START = True          # no cosines: starts comparing (paper: looking back; or class means)
 ATTENTION_SCALE = 2.0        # start of the scale of the scores: from 2 to this over the heads
 OUTPUT_STD = 0.0             # start of what layers add to the stream, times 1/sqrt(its inputs)
 MODEL_SIZE = 128             # width of the residual stream
@@ -248,9 +248,7 @@ def span(images):
 
 
 def outputs_read(s):
-    """Return how many of a projection's outputs a model reads one by one: all, unless it is given
-    the image cosines; then a sample of them does, since all outputs are alike.
-    """
+    """Return how many outputs of a projection, all alike, a model reads: few, if given cosines."""
     return min(s.PROJECTION_SIZE, s.READ_SIZE) if compares_images(s) else s.PROJECTION_SIZE
 
 
@@ -472,23 +470,24 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm Transformer block: attention, then an MLP, each added to the residual stream.
 
-    In other architectures another layer takes the place of attention.
+    In other architectures another layer takes the place of attention; in the MLP nothing does: it
+    sees its own token only and can but memorise (paper, heat maps).
     """
 
     def __init__(self, settings, first):
         super().__init__()
-        self.attention = MIXERS[settings.ARCHITECTURE](settings, first)
+        mixer = MIXERS.get(settings.ARCHITECTURE)
+        self.attention = mixer and mixer(settings, first)
         self.up = nn.Linear(settings.MODEL_SIZE, settings.MLP_SIZE, bias=False)
         self.down = residual_output(settings.MLP_SIZE, settings.MODEL_SIZE, settings)
 
     def forward(self, h, around):
-        h = h + self.attention(norm(h), around)
+        h = h + self.attention(norm(h), around) if self.attention is not None else h
         return h + self.down(F.gelu(self.up(norm(h))))
 
 
 class InContextModel(nn.Module):
-    """Causal sequence model, by default a Transformer: predicts each example's class from the
-    examples before it.
+    """Causal sequence model, by default a Transformer: predicts classes from the examples before.
 
     TOKEN_FORMAT "paper": token i is (A x_i, y_i-1), with learnt positions (paper, Sec. 3).
     "pairs": token i is (A x_i, A x_i-1, y_i-1). The label stands beside its own image, so that no
@@ -508,8 +507,8 @@ class InContextModel(nn.Module):
         if settings.TOKEN_FORMAT == "paper":
             self.positions = nn.Parameter(0.02 * torch.randn(settings.NUM_EXAMPLES, size))
         self.layers = nn.ModuleList(Block(settings, i == 0) for i in range(settings.NUM_LAYERS))
-        if settings.ARCHITECTURE == "lstm" and settings.GUIDED_START and self.positions is None:
-            start_with_class_means(self.layers[0].attention.lstm, self.embed_image.weight,
+        if "lstm" in settings.ARCHITECTURE and settings.GUIDED_START and self.positions is None:
+            start_with_class_means(self.layers[0].attention, self.embed_image.weight,
                                    self.embed_label.weight)
         self.head = nn.Linear(size, C, bias=False)
         nn.init.zeros_(self.head.weight)
@@ -542,16 +541,6 @@ class InContextModel(nn.Module):
 # ----------------------------------------------------------------------- the other architectures
 # Each stands in a Block where attention stands, behind the same call: h (B, T, D) to (B, T, D),
 # nothing from later examples.
-class Nothing(nn.Module):
-    """No mixing: an MLP that sees its own token only and can but memorise (paper, heat maps)."""
-
-    def __init__(self, settings, first):
-        super().__init__()
-
-    def forward(self, h, around):
-        return torch.zeros_like(h)
-
-
 class LSTM(nn.Module):
     """Long short-term memory (Hochreiter and Schmidhuber 1997): torch's own."""
 
@@ -564,22 +553,33 @@ class LSTM(nn.Module):
 
 
 @torch.no_grad()
-def start_with_class_means(lstm, embed_image, embed_label):
-    """Make cells of an LSTM start as running means of each class: then it is nearest centroid.
+def start_with_class_means(layer, embed_image, embed_label):
+    """Make a recurrent layer start with running means of each class: then it is nearest centroid.
 
     Its input (D) is a pair token made by embed_image (D / 2, P) and embed_label (D, C). The label
-    opens the input gates of its class's cells, and they forget a quarter. They take in the labelled
-    image along some directions, two cells each, and let out through the query's place along the
-    same, one with each sign: the differences of a class's pairs add up to how like it the query is.
+    opens the input gates of its class's cells, and they forget a quarter. An LSTM's take in the
+    labelled image along some directions, two cells each, and let out through the query's place
+    along the same, one with each sign: the differences of a class's pairs add up to how like it the
+    query is. In an outer-product LSTM each head's cell has a row for each class (while there are
+    rows): the labelled image is its key, and the query's, along the same directions, reads it.
     """
     D, half = len(embed_label), len(embed_image)
-    m = D // (2 * C) if half > 2 * C else 0              # directions; what cells are left stay
-    n = 2 * C * m
     label = torch.cat([embed_label[:half], embed_label[half:]], 1)       # in either image's place
-    free = torch.eye(half) - label @ torch.linalg.pinv(label)
-    image = F.normalize(torch.randn(m, half) @ free, dim=1)
-    image = image.repeat_interleave(2, 0).repeat(C, 1)
-    told = torch.linalg.pinv(embed_label).repeat_interleave(2 * m, 0)
+    free = torch.eye(half) - (half > 2 * C) * label @ torch.linalg.pinv(label)
+    told = torch.linalg.pinv(embed_label)
+    if isinstance(layer, OuterProductLSTM):              # gates: forget, input, output, k, v, q
+        nn.init.zeros_(layer.recurrent.weight)
+        weights = layer.input.weight.zero_().view(6, layer.heads, -1, D)
+        biases = layer.input.bias.zero_().view(6, layer.heads, -1)
+        image = F.normalize(torch.randn(D, half) @ free, dim=1).view(layer.heads, -1, half)
+        for gate, slope, bias in ((0, -9.5, 8), (1, 22, -8)):
+            weights[gate, :, :C], biases[gate, :, :C] = slope * told[:image.shape[1]], bias
+        biases[2], biases[4, :, :C] = 2, 3
+        weights[3, ..., half:] = weights[5, ..., :half] = image
+        return
+    lstm, m = layer.lstm, D // (2 * C) if half > 2 * C else 0     # what cells are left stay
+    image = F.normalize(torch.randn(m, half) @ free, dim=1).repeat_interleave(2, 0).repeat(C, 1)
+    n, told = 2 * C * m, told.repeat_interleave(2 * m, 0)
     sign = torch.tensor([1.0, -1.0]).repeat(n // 2)[:, None]
     weights, biases = lstm.weight_ih_l0.view(4, D, D), lstm.bias_ih_l0.view(4, D)
     for matrix in (weights, lstm.weight_hh_l0.view(4, D, D), biases, lstm.bias_hh_l0.view(4, D)):
@@ -663,7 +663,7 @@ def delta_rule(q, k, v, write, log_keep, chunk):
     return torch.cat(outputs, -2)
 
 
-MIXERS = {"transformer": Attention, "mlp": Nothing, "lstm": LSTM, "outer_lstm": OuterProductLSTM,
+MIXERS = {"transformer": Attention, "lstm": LSTM, "outer_lstm": OuterProductLSTM,
           "deltanet": GatedDeltaNet}
 
 
@@ -674,7 +674,8 @@ class VSML(nn.Module):
     few parameters. It gets messages from its input and its output, and sends some back. "vsml": the
     inputs are the numbers of A x_i, the outputs are the classes, so that other orders of either
     make no difference: the symmetries of a learning algorithm are built in. "vsml_free": learnt
-    matrices stand before the inputs and after the outputs, and break them (as in the paper).
+    matrices stand before the inputs and after the outputs, and break them (as in the paper); with
+    GUIDED_START they start as a random projection and as identities.
     """
 
     def __init__(self, settings):
@@ -687,6 +688,12 @@ class VSML(nn.Module):
             self.into = nn.Linear(images * settings.PROJECTION_SIZE, self.inputs * images)
             self.told = nn.Linear(2 * C, 2 * self.outputs)
             self.head = nn.Linear(self.outputs, C)
+            if settings.GUIDED_START:                    # as with the symmetries, of fewer numbers
+                for layer in (self.into, self.told, self.head):
+                    nn.init.zeros_(layer.bias)
+                    nn.init.eye_(layer.weight)
+                few = torch.randn(self.inputs, settings.PROJECTION_SIZE)
+                self.into.weight.data = torch.kron(F.normalize(few), torch.eye(images))
         self.forward_message = nn.Linear(images, 4 * n)
         self.backward_message = nn.Linear(2, 4 * n)
         self.recurrent = nn.Linear(n, 4 * n, bias=False)
@@ -810,16 +817,14 @@ def orthogonal(a):
 def make_optimizers(model, settings, precision):
     """Return the optimisers; every parameter is in exactly one of them.
 
-    Muon orthogonalises the updates of the matrices inside the layers; embeddings, head and scalars
-    are AdamW's.
+    Muon takes the matrices inside the layers; embeddings, head and scalars are AdamW's.
     """
     muon = settings.OPTIMIZER == "muon"
     layers = getattr(model, "layers", nn.ModuleList())
     hidden = [p for p in layers.parameters() if muon and p.ndim == 2 and min(p.shape) > C]
     rest = [p for p in model.parameters() if not any(p is other for other in hidden)]
-    optimizers = [torch.optim.AdamW(
-        rest, settings.LEARNING_RATE, betas=(0.9, settings.ADAM_BETA2), eps=settings.ADAM_EPSILON,
-        weight_decay=settings.WEIGHT_DECAY)]
+    optimizers = [torch.optim.AdamW(rest, settings.LEARNING_RATE, betas=(0.9, settings.ADAM_BETA2),
+                                    eps=settings.ADAM_EPSILON, weight_decay=settings.WEIGHT_DECAY)]
     if hidden:
         optimizers.append(Muon(
             hidden, settings.LEARNING_RATE, settings.WEIGHT_DECAY, DTYPES[precision]))
@@ -1020,8 +1025,7 @@ def predictions(model, dataset, n_sequences, settings, precision, num_tasks=0, l
     """Return ({learner: predicted labels (n, ...)}, labels y (n, T), our last logits (n, C), their
     context_temperature (n,)).
 
-    Ours after 0 .. T - 1 examples; the classical learners', on the same sequences, after each
-    number of examples in `lengths`.
+    Ours after 0 .. T - 1 examples; the classical learners' after the numbers in `lengths`.
     """
     parts = []
     for x, y in evaluation_batches(dataset, n_sequences, settings, num_tasks):
@@ -1079,8 +1083,7 @@ def evaluate(model, dataset, settings, precision, num_tasks=0):
     """Return {learner: curve} on EVAL_SEQUENCES meta-test sequences of unseen tasks, and the
     model's calibration error after the longest context.
 
-    With `num_tasks`, on tasks of that fixed set. A curve is a dict of lists: examples, accuracy and
-    its 95 % interval low, high.
+    With `num_tasks`, on that fixed set. A curve has lists: examples, accuracy, its 95 % low, high.
     """
     n, lengths = settings.EVAL_SEQUENCES, context_lengths(settings)[1:]
     hits, logits, t, y = count_hits(model, dataset, n, settings, precision, num_tasks, lengths)
@@ -1096,9 +1099,8 @@ def evaluate(model, dataset, settings, precision, num_tasks=0):
         low, high = interval(hits, n)
         curves[name] = dict(examples=list(examples), accuracy=(hits / n).tolist(),
                             low=low.tolist(), high=high.tolist(), sequences=n)
-    return curves, dict(
-        raw=calibration_error(logits.softmax(1), y),
-        fitted=calibration_error((logits / t[:, None]).softmax(1), y))
+    return curves, dict(raw=calibration_error(logits.softmax(1), y),
+                        fitted=calibration_error((logits / t[:, None]).softmax(1), y))
 
 
 def context_temperature(logits, y, prior=0.2):
@@ -1401,8 +1403,7 @@ def render_characters(characters, n, seed):
     """Return n grey images (n, 28, 28) of the characters and their numbers: stands in for MNIST.
 
     Drawn from matplotlib's own fonts in three stroke widths, then turned, scaled, slanted, shifted
-    and bent at random: so much that 1-nearest neighbour on 99 examples is right in about 70 % of
-    cases, as it is on MNIST.
+    and bent: so much that 1-nearest neighbour on 99 examples is right in about 70 %, as on MNIST.
     """
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont          # matplotlib brings Pillow along
@@ -2192,7 +2193,7 @@ def sweep(name, settings, flags):
         npz_arrays(settings.FEATURES_FILE)               # what is wrong is said before the work
     training, _, tests, notices = load_all(altered(settings, NUM_TASKS=0), device)
     runs = runs_of(name, settings, flags)
-    varied = {key for run in runs for key in run}
+    varied = set(runs[0]).intersection(*runs)            # what only some runs set counts for others
     common = {key: value for key, value in vars(settings).items() if key not in {
         *varied, "SEED", "EVAL_SEED", "DATA_DIR", "OUT_DIR", "RESULTS_DIR", "SEEDS", "WORKERS"}}
     folder = run_folder(settings, name, training.name, sorted(tests), device.type, precision,
@@ -2479,9 +2480,7 @@ def report_architectures(rows, figure):
 
 # table: the paper's comparison of methods (its table)
 def measure_table(settings, data, precision):
-    """Return the accuracy after the longest context on every data set; SGD on the same sequences
-    beside the Transformer's.
-    """
+    """Return the accuracy after the longest context on every data set, SGD's beside ours."""
     training, _, tests = data
     model = trained(settings, training, precision)
     method, n, rows = settings.ARCHITECTURE, settings.EVAL_SEQUENCES, []
@@ -2492,8 +2491,8 @@ def measure_table(settings, data, precision):
         found = {"GPICL" if method == "transformer" else method.upper(): hits["in-context"][-1]}
         if lengths:
             found["SGD"] = hits["SGD (softmax)"][-1]
-        rows += [dict(method=word, tested_on=name, accuracy=right / n,
-                      paper=PAPER.get(name, {}).get(word) if comparable else None)
+        paper = PAPER.get(name, {}) if comparable else {}
+        rows += [dict(method=word, tested_on=name, accuracy=right / n, paper=paper.get(word))
                  for word, right in found.items()]
     return rows
 
@@ -2517,9 +2516,8 @@ def report_table(rows, figure):
 
 # features: few-shot learning on top of the features of another network (paper: of a ResNet)
 def train_features(training, settings, steps=300):
-    """Return the convolutions of a network trained to tell the classes of `training` apart.
-
-    The layer after them knows too little of classes that it was not trained on (results/recipe.md).
+    """Return the convolutions of a network trained to tell the classes of `training` apart: the
+    layer after them knows too little of classes that it was not trained on (results/recipe.md).
     """
     size, device = settings.IMAGE_SIZE, training.x.device
     torch.manual_seed(settings.SEED)
@@ -2700,13 +2698,15 @@ EXPERIMENTS = {
         measure_phases, report_phases),
     "architectures": Experiment(
         "Accuracy against state and against parameters",
-        dict(SMALL, BATCH_SIZE=32),                      # an LSTM needs a start, or stays at chance
-        [dict(cell, GUIDED_START=cell["ARCHITECTURE"] == "lstm") for cell in (
-            *product(ARCHITECTURE=["transformer", "deltanet", "outer_lstm"],
-                     MODEL_SIZE=[32, 64, 128]),
-            *product(ARCHITECTURE=["lstm"], MODEL_SIZE=[64, 128, 256]),
-            *product(ARCHITECTURE=["vsml"], MODEL_SIZE=[64], CELL_SIZE=[4, 8]),
-            *product(ARCHITECTURE=["vsml_free"], MODEL_SIZE=[8, 16], CELL_SIZE=[8]))],
+        dict(SMALL, BATCH_SIZE=32),                      # without a start some stay at chance
+        [*product(ARCHITECTURE=["transformer", "deltanet"], MODEL_SIZE=[32, 64, 128],
+                  GUIDED_START=[False]),
+         *product(ARCHITECTURE=["lstm"], MODEL_SIZE=[64, 128, 256], GUIDED_START=[True]),
+         *(dict(ARCHITECTURE="outer_lstm", MODEL_SIZE=size, NUM_HEADS=heads, LEARNING_RATE=1e-3,
+                GUIDED_START=True) for size, heads in ((32, 2), (64, 4), (128, 4))),
+         *product(ARCHITECTURE=["vsml"], MODEL_SIZE=[64], CELL_SIZE=[4, 8], GUIDED_START=[False]),
+         *product(ARCHITECTURE=["vsml_free"], MODEL_SIZE=[12, 16], CELL_SIZE=[8],
+                  GUIDED_START=[True])],
         measure_architectures, report_architectures),
     "plateau": Experiment(
         "Length of the plateau: filled where it was left, hollow where it was not",

@@ -73,6 +73,24 @@ def test_guided_lstm_starts_as_nearest_centroid(tiny, blobs):
     assert right[:, 0].float().mean() < 0.3
 
 
+@pytest.mark.parametrize("heads", [4, 16])
+def test_guided_outer_product_lstm_starts_as_nearest_centroid(heads, tiny, blobs):
+    """Untrained: the first ten rows of each head are the classes, or, of eight rows, eight."""
+    torch.manual_seed(0)
+    settings = tiny(ARCHITECTURE="outer_lstm", MODEL_SIZE=128, NUM_HEADS=heads, NUM_LAYERS=1,
+                    NUM_EXAMPLES=60)
+    model = gpicl.make_model(settings)
+    x, y = gpicl.draw_sequences(blobs, 64, settings, ("guided",))
+    kept = []
+    model.layers[0].attention.register_forward_hook(lambda *call: kept.append(call[2]))
+    with torch.no_grad():
+        model(x, y)
+    rows = min(10, 128 // heads)
+    right = kept[0].view(64, 60, heads, -1)[..., :rows].sum(2).argmax(-1) == y
+    assert right[:, 40:][y[:, 40:] < rows].float().mean() > 0.7          # chance: 0.1
+    assert right[:, 0].float().mean() < 0.3
+
+
 def test_outer_product_lstm_equals_a_plain_loop(tiny):
     torch.manual_seed(0)
     layer, x = gpicl.OuterProductLSTM(tiny(), True), torch.randn(2, 6, 32)
@@ -124,9 +142,15 @@ def test_vsml_is_blind_to_the_order_of_classes_and_inputs(tiny):
     logits = model(x, y)
     assert torch.allclose(model(x, rho[y])[..., rho], logits, atol=1e-5)
     assert torch.allclose(model(x[..., order], y), logits, atol=1e-5)
-    free = lively_model(tiny(ARCHITECTURE="vsml_free"))
+    free = lively_model(tiny(ARCHITECTURE="vsml_free", GUIDED_START=False))
     assert not torch.allclose(free(x, rho[y])[..., rho], free(x, y), atol=1e-4)
     assert not torch.allclose(free(x[..., order], y), free(x, y), atol=1e-4)
+    guided = gpicl.make_model(tiny(ARCHITECTURE="vsml_free"))            # starts as one of fewer
+    assert torch.allclose(guided(x, rho[y])[..., rho], guided(x, y), atol=1e-5)
+    images = torch.stack([x, gpicl.shift(x, 1)], -1)
+    seen = guided.into(images.flatten(2)).view(2, 12, 32, 2)
+    assert torch.allclose(gpicl.shift(seen[..., 0], 1), seen[..., 1], atol=1e-6)
+    assert seen.std().item() == pytest.approx(1, abs=0.2)
 
 
 def test_vsml_equals_one_lstm_between_every_input_and_output(tiny):

@@ -83,6 +83,13 @@ def test_a_sweep_goes_on_where_it_stopped(sweep, tmp_path):
     assert len(table(tmp_path / "results" / "phases.csv")) == 1.5 * len(rows)
 
 
+def test_a_setting_that_some_runs_only_set_counts_for_the_others(sweep):
+    """`architectures` sets LEARNING_RATE for one kind of model; by a flag it changes them all."""
+    assert " 0 of them made before" in sweep("architectures", MODEL_SIZE=8, STEPS=1)
+    printed = sweep("architectures", MODEL_SIZE=8, STEPS=1, LEARNING_RATE=1e-3)
+    assert " 0 of them made before" in printed
+
+
 def test_two_workers_do_what_one_does(sweep, tmp_path):
     more, threads = dict(NUM_TASKS=4, MODEL_SIZE=16, SEEDS=1), torch.get_num_threads()
     torch.set_num_threads(1)
