@@ -2465,9 +2465,9 @@ def report_architectures(rows, figure):
         lines.append(line)
     points = np.array(points)
     learnt = points[points[:, 3] > 0]                    # the others have not left the plateau
-    groups = [(points, "kinds of model"), (learnt, "of them above chance")]
+    groups = [(learnt, "kinds of model above chance")] if len(learnt) > 2 else []
     for column, what in enumerate(("state", "parameters")):
-        for some, which in groups if len(learnt) > 2 else groups[:1]:
+        for some, which in [*groups, (points, "kinds of model")]:
             again = some[np.random.default_rng(0).integers(len(some), size=(2000, len(some)))]
             value, *every = (rank_correlation(few[:, column], few[:, 2]) for few in (some, *again))
             words = "{:.2f} ({:.2f} to {:.2f})".format(value, *np.nanquantile(every, [.025, .975]))
@@ -2702,8 +2702,8 @@ EXPERIMENTS = {
         [*product(ARCHITECTURE=["transformer", "deltanet"], MODEL_SIZE=[32, 64, 128],
                   GUIDED_START=[False]),
          *product(ARCHITECTURE=["lstm"], MODEL_SIZE=[64, 128, 256], GUIDED_START=[True]),
-         *(dict(ARCHITECTURE="outer_lstm", MODEL_SIZE=size, NUM_HEADS=heads, LEARNING_RATE=1e-3,
-                GUIDED_START=True) for size, heads in ((32, 2), (64, 4), (128, 4))),
+         *(dict(ARCHITECTURE="outer_lstm", MODEL_SIZE=D, NUM_HEADS=H, LEARNING_RATE=lr,
+                GUIDED_START=True) for D, H, lr in ((32, 2, 1e-3), (64, 4, 1e-3), (128, 4, 3e-4))),
          *product(ARCHITECTURE=["vsml"], MODEL_SIZE=[64], CELL_SIZE=[4, 8], GUIDED_START=[False]),
          *product(ARCHITECTURE=["vsml_free"], MODEL_SIZE=[12, 16], CELL_SIZE=[8],
                   GUIDED_START=[True])],
