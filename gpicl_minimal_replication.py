@@ -1947,7 +1947,7 @@ def log_to(path, silent=False):
 # ------------------------------------------------------------------------------ plumbing: reports
 def progress_table(rows, settings):
     """Return the lines of the table that grows during training."""
-    lengths = context_lengths(settings)
+    lengths = context_lengths(settings)[-1 if settings.ARCHITECTURE == "maml" else 0:]
     lines = ["", "Accuracy (%) on unseen tasks of validation images, after so many examples:",
              f"{'step':>7}{'seconds':>9}{'loss':>8}{'rate':>9}  |" + "".join(
                  f"{n:6}" for n in lengths)]

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -271,7 +272,9 @@ def test_random_points_are_learnt_by_heart(tiny):
 def test_other_architectures_in_the_main_job_and_its_commands(tiny_flags, tmp_path, capsys, fails):
     for architecture, name in (("lstm", "LSTM"), ("vsml", "VSML"), ("maml", "MAML")):
         assert gpicl.main(tiny_flags(ARCHITECTURE=architecture, STEPS=2)) == 0
-        assert f"blobs: {name}" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        columns = re.search(r"seconds +loss +rate +\|(.*)", printed)[1].split()
+        assert f"blobs: {name}" in printed and len(columns) == (1 if name == "MAML" else 6)
         newest = max((tmp_path / "runs").glob("*/curves.csv"), key=os.path.getmtime)
         lengths = [int(row["examples"]) for row in table(newest) if row["learner"] == name]
         assert lengths == ([11] if name == "MAML" else [*range(12)])
