@@ -287,8 +287,7 @@ def draw_sequences(dataset, n_sequences, settings, key, num_tasks=0, biased_frac
 
     A pure function of its arguments: `key` names the place in the random stream. With `num_tasks`
     the tasks are picked from that many fixed ones, else each is fresh (and x perhaps narrower, see
-    project_afresh). The first `biased_fraction` of the sequences share one label permutation
-    (paper, Sec. 4.5).
+    project_afresh). The first `biased_fraction` of them share one label permutation (Sec. 4.5).
     """
     device = dataset.x.device
     generator = stream(device, *key)
@@ -476,7 +475,7 @@ class Block(nn.Module):
 
     def __init__(self, settings, first):
         super().__init__()
-        mixer = MIXERS.get(settings.ARCHITECTURE)
+        mixer = MIXERS[settings.ARCHITECTURE]
         self.attention = mixer and mixer(settings, first)
         self.up = nn.Linear(settings.MODEL_SIZE, settings.MLP_SIZE, bias=False)
         self.down = residual_output(settings.MLP_SIZE, settings.MODEL_SIZE, settings)
@@ -663,7 +662,7 @@ def delta_rule(q, k, v, write, log_keep, chunk):
     return torch.cat(outputs, -2)
 
 
-MIXERS = {"transformer": Attention, "lstm": LSTM, "outer_lstm": OuterProductLSTM,
+MIXERS = {"transformer": Attention, "mlp": None, "lstm": LSTM, "outer_lstm": OuterProductLSTM,
           "deltanet": GatedDeltaNet}
 
 
@@ -691,7 +690,8 @@ class VSML(nn.Module):
             if settings.GUIDED_START:                    # as with the symmetries, of fewer numbers
                 for layer in (self.into, self.told, self.head):
                     nn.init.zeros_(layer.bias)
-                    nn.init.eye_(layer.weight)
+                nn.init.eye_(self.told.weight)
+                nn.init.eye_(self.head.weight)
                 few = torch.randn(self.inputs, settings.PROJECTION_SIZE)
                 self.into.weight.data = torch.kron(F.normalize(few), torch.eye(images))
         self.forward_message = nn.Linear(images, 4 * n)
