@@ -32,6 +32,7 @@ projected image, D model size, H heads, C classes.
 import contextlib
 import csv
 import ctypes
+import datetime
 import difflib
 import functools
 import hashlib
@@ -81,7 +82,7 @@ VALIDATION_IMAGES = 5000     # last training images, never trained on (of few, a
 NUM_TASKS = 0                # 2**k: so many fixed tasks; 0: a fresh task for every sequence
 NUM_EXAMPLES = 100           # examples in a sequence: the last is predicted after 99
 PROJECTION_SIZE = 3072       # numbers that the random projection turns an image into (as paper)
-READ_SIZE = 64               # how many of them a token holds; image cosines are of all of them
+READ_SIZE = 64               # how many a token holds beside image cosines, which are of all
 BIASED_FRACTION = 0.0        # share of each batch with one fixed label permutation (paper: 0.9)
 
 # Model
@@ -89,9 +90,9 @@ ARCHITECTURE = "transformer"  # lstm, outer_lstm, deltanet, mlp, vsml, vsml_free
 TOKEN_FORMAT = "pairs"       # pairs: (A x_i, A x_i-1, y_i-1); paper: (A x_i, y_i-1)
 COMPARE_IMAGES = True        # give attention the cosines between images (pairs only); False: not
 RIDGE_ATTENTION = True       # heads add a ridge regression of their values (with cosines only)
-GUIDED_START = True          # no cosines: starts comparing (paper: looking back; lstm: class means)
+GUIDED_START = True          # no cosines: start by comparing (paper: look back; lstm: class means)
 ATTENTION_SCALE = 2.0        # start of the scale of the scores: from 2 to this over the heads
-OUTPUT_STD = 0.0             # start of what layers add to the stream, times 1/sqrt(its inputs)
+OUTPUT_STD = 0.0             # first std of weights that write to the stream, times sqrt(inputs)
 MODEL_SIZE = 128             # width of the residual stream
 NUM_LAYERS = 6               # each is attention, then an MLP
 NUM_HEADS = 4                # attention heads per layer
@@ -237,7 +238,7 @@ def cholesky(matrix):
 
 
 def span(images):
-    """Return coordinates (B, T, n) of each sequence's images (B, T, N), with X X'/N for products.
+    """Return coordinates (B, T, n) of images (B, T, N), whose inner products are X X'/N.
 
     Few images span little: then n = T, and T numbers say of each what N pixels did. For many images
     (a nearly singular matrix of products) n = N.
@@ -317,7 +318,8 @@ def norm(x):
 def shift(x, queries):
     """Return x (B, T, n) moved on: example i gets what belongs to the example before it.
 
-    The first gets zeros: "no example yet" is unlike every class, whose one-hot code has a one.
+    The first gets zeros: "no example yet" is unlike every class, whose one-hot code has a one. All
+    `queries` get what belongs to the end of the context.
     """
     end = x.shape[1] - queries
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :end],
@@ -507,8 +509,7 @@ class InContextModel(nn.Module):
             self.positions = nn.Parameter(0.02 * torch.randn(settings.NUM_EXAMPLES, size))
         self.layers = nn.ModuleList(Block(settings, i == 0) for i in range(settings.NUM_LAYERS))
         if "lstm" in settings.ARCHITECTURE and settings.GUIDED_START and self.positions is None:
-            start_with_class_means(self.layers[0].attention, self.embed_image.weight,
-                                   self.embed_label.weight)
+            start_with_class_means(self.layers[0].attention, self.embed_label.weight)
         self.head = nn.Linear(size, C, bias=False)
         nn.init.zeros_(self.head.weight)
 
@@ -548,44 +549,26 @@ class LSTM(nn.Module):
         self.lstm = nn.LSTM(settings.MODEL_SIZE, settings.MODEL_SIZE, batch_first=True)
 
     def forward(self, h, around):
-        return self.lstm(h)[0]
+        with torch.autocast(h.device.type, enabled=False):               # CUDA's would be in fp16
+            return self.lstm(h.float())[0]
 
-
-@torch.no_grad()
-def start_with_class_means(layer, embed_image, embed_label):
-    """Make a recurrent layer start with running means of each class: then it is nearest centroid.
-
-    Its input (D) is a pair token made by embed_image (D / 2, P) and embed_label (D, C). The label
-    opens the input gates of its class's cells, and they forget a quarter. An LSTM's take in the
-    labelled image along some directions, two cells each, and let out through the query's place
-    along the same, one with each sign: the differences of a class's pairs add up to how like it the
-    query is. In an outer-product LSTM each head's cell has a row for each class (while there are
-    rows): the labelled image is its key, and the query's, along the same directions, reads it.
-    """
-    D, half = len(embed_label), len(embed_image)
-    label = torch.cat([embed_label[:half], embed_label[half:]], 1)       # in either image's place
-    free = torch.eye(half) - (half > 2 * C) * label @ torch.linalg.pinv(label)
-    told = torch.linalg.pinv(embed_label)
-    if isinstance(layer, OuterProductLSTM):              # gates: forget, input, output, k, v, q
-        nn.init.zeros_(layer.recurrent.weight)
-        weights = layer.input.weight.zero_().view(6, layer.heads, -1, D)
-        biases = layer.input.bias.zero_().view(6, layer.heads, -1)
-        image = F.normalize(torch.randn(D, half) @ free, dim=1).view(layer.heads, -1, half)
-        for gate, slope, bias in ((0, -9.5, 8), (1, 22, -8)):
-            weights[gate, :, :C], biases[gate, :, :C] = slope * told[:image.shape[1]], bias
-        biases[2], biases[4, :, :C] = 2, 3
-        weights[3, ..., half:] = weights[5, ..., :half] = image
-        return
-    lstm, m = layer.lstm, D // (2 * C) if half > 2 * C else 0     # what cells are left stay
-    image = F.normalize(torch.randn(m, half) @ free, dim=1).repeat_interleave(2, 0).repeat(C, 1)
-    n, told = 2 * C * m, told.repeat_interleave(2 * m, 0)
-    sign = torch.tensor([1.0, -1.0]).repeat(n // 2)[:, None]
-    weights, biases = lstm.weight_ih_l0.view(4, D, D), lstm.bias_ih_l0.view(4, D)
-    for matrix in (weights, lstm.weight_hh_l0.view(4, D, D), biases, lstm.bias_hh_l0.view(4, D)):
-        matrix[:, :n] = 0
-    weights[0, :n], biases[0, :n] = 22 * told, -8        # input gate, forget gate, cell, output
-    weights[1, :n], biases[1, :n] = -9.5 * told, 8
-    weights[2, :n, half:], weights[3, :n, :half] = image, 2 * sign * image
+    def hold_class_means(self, told, free):
+        """Two cells for each class and direction take in the labelled image along that direction,
+        and let out through the query's place, one with each sign: the differences of a class's
+        pairs add up to how like it the query is. What cells are left stay as they are.
+        """
+        D, half = told.shape[1], len(free)
+        m = D // (2 * C) if half > 2 * C else 0          # directions; n cells
+        image = F.normalize(torch.randn(m, half) @ free, dim=1).repeat_interleave(2, 0).repeat(C, 1)
+        n, told = 2 * C * m, told.repeat_interleave(2 * m, 0)
+        sign = torch.tensor([1.0, -1.0]).repeat(n // 2)[:, None]
+        weights, biases = self.lstm.weight_ih_l0.view(4, D, D), self.lstm.bias_ih_l0.view(4, D)
+        recurrent, more = self.lstm.weight_hh_l0.view(4, D, D), self.lstm.bias_hh_l0.view(4, D)
+        for matrix in (weights, recurrent, biases, more):
+            matrix[:, :n] = 0
+        weights[0, :n], biases[0, :n] = 22 * told, -8    # input gate, forget gate, cell, output
+        weights[1, :n], biases[1, :n] = -9.5 * told, 8
+        weights[2, :n, half:], weights[3, :n, :half] = image, 2 * sign * image
 
 
 class OuterProductLSTM(nn.Module):
@@ -614,6 +597,34 @@ class OuterProductLSTM(nn.Module):
             out = (o * (cell @ q)).reshape(B, D)
             outputs.append(out)
         return torch.stack(outputs, 1)
+
+    def hold_class_means(self, told, free):
+        """Each head's cell has a row for each class (while there are rows): the labelled image is
+        its key, and the query's, along the same directions, reads it.
+        """
+        nn.init.zeros_(self.recurrent.weight)
+        weights = self.input.weight.zero_().view(6, self.heads, -1, self.size)
+        biases = self.input.bias.zero_().view(6, self.heads, -1)         # f, i, o, k, v, q
+        half = len(free)
+        image = F.normalize(torch.randn(self.size, half) @ free, dim=1).view(self.heads, -1, half)
+        for gate, slope, bias in ((0, -9.5, 8), (1, 22, -8)):
+            weights[gate, :, :C], biases[gate, :, :C] = slope * told[:image.shape[1]], bias
+        biases[2], biases[4, :, :C] = 2, 3
+        weights[3, ..., half:] = weights[5, ..., :half] = image
+
+
+@torch.no_grad()
+def start_with_class_means(layer, embed_label):
+    """Make a recurrent layer start with running means of each class: then it is nearest centroid.
+
+    Its input (D) is a pair token, whose label embed_label (D, C) wrote: told (C, D) reads it, and
+    free (D / 2, D / 2) leaves of an image's place what no label writes to (while there is such).
+    The label opens the input gates of its class's cells, and they forget a quarter.
+    """
+    half = len(embed_label) // 2
+    label = torch.cat([embed_label[:half], embed_label[half:]], 1)       # in either image's place
+    free = torch.eye(half) - (half > 2 * C) * label @ torch.linalg.pinv(label)
+    layer.hold_class_means(torch.linalg.pinv(embed_label), free)
 
 
 class GatedDeltaNet(nn.Module):
@@ -928,7 +939,7 @@ def meta_train(model, dataset, validation, settings, folder, precision, log):
                 save_checkpoint(path, settings, model, progress=progress,
                                 optimizers=[optimizer.state_dict() for optimizer in optimizers])
                 saved_at = time.time()
-            if stop and not done:
+            if stop or done and stopping:
                 raise KeyboardInterrupt(f"Stopped after step {step + 1}; the same command "
                                         "continues there.")
     return progress
@@ -997,20 +1008,20 @@ def meta_test_key(dataset, start, settings):
 
 
 def starts_and_sizes(n_sequences, length):
-    """Return (first, number) of the batches that they are tested in: fewer where they are long."""
+    """Return (first, number) of each batch of test sequences: smaller batches of long ones."""
     size = max(1, EVAL_BATCH * 400 // max(400, length))
     return [(start, min(size, n_sequences - start)) for start in range(0, n_sequences, size)]
 
 
 def evaluation_batches(dataset, n_sequences, settings, num_tasks=0):
-    """Yield x, y of fixed meta-test sequences: the same for all models, but for fixed tasks."""
+    """Yield x, y of the meta-test sequences: the same for all models (fixed tasks: of a SEED)."""
     for start, n in starts_and_sizes(n_sequences, settings.NUM_EXAMPLES):
         yield draw_sequences(dataset, n, settings, meta_test_key(dataset, start, settings),
                              num_tasks)
 
 
 def classical_labels(gram, y):
-    """Return {learner: predicted label (B,)} for the last example; none that no label y (B, n) is.
+    """Return {learner: predicted label (B,)} for the last example: one that occurs in y (B, n).
 
     gram (B, n + 1, n + 1) holds the products of all, on the CPU, where linear algebra is at home.
     """
@@ -1022,35 +1033,31 @@ def classical_labels(gram, y):
 
 @torch.no_grad()
 def predictions(model, dataset, n_sequences, settings, precision, num_tasks=0, lengths=()):
-    """Return ({learner: predicted labels (n, ...)}, labels y (n, T), our last logits (n, C), their
-    context_temperature (n,)).
+    """Return ({learner: predicted labels (n, ...)}, labels y (n, T), our logits (n, T, C)).
 
     Ours after 0 .. T - 1 examples; the classical learners' after the numbers in `lengths`.
     """
     parts = []
     for x, y in evaluation_batches(dataset, n_sequences, settings, num_tasks):
-        logits = logits_of(model, x, y, precision)
-        temperature = context_temperature(logits[:, :-1], y[:, :-1]).cpu()
-        found, y = {"in-context": logits.argmax(-1).cpu()}, y.cpu()
+        logits, y = logits_of(model, x, y, precision).cpu(), y.cpu()
+        found = {"in-context": logits.argmax(-1)}
         if len(lengths):
             gram = (x @ x.mT).cpu()
             labels = [classical_labels(gram[:, :n + 1, :n + 1], y[:, :n]) for n in lengths]
             found |= {name: torch.stack([some[name] for some in labels], 1) for name in CLASSICAL}
-        parts.append((found, y, logits[:, -1].cpu().clone(), temperature))   # no view of all
-    found, y, last, temperature = zip(*parts)
+        parts.append((found, y, logits))
+    found, y, logits = zip(*parts)
     return ({name: torch.cat([part[name] for part in found]).numpy() for name in found[0]},
-            torch.cat(y).numpy(), torch.cat(last), torch.cat(temperature))
+            torch.cat(y).numpy(), torch.cat(logits))
 
 
 def count_hits(model, dataset, n_sequences, settings, precision, num_tasks=0, lengths=()):
-    """Return {learner: in how many sequences it was right} for `predictions`, and our logits (n, C)
-    for the last examples, with their temperatures and labels (n,).
-    """
-    found, y, *last = predictions(model, dataset, n_sequences, settings, precision, num_tasks,
-                                  lengths)
+    """Return {learner: in how many sequences it was right}, and our logits and labels (n, T)."""
+    found, y, logits = predictions(model, dataset, n_sequences, settings, precision, num_tasks,
+                                   lengths)
     hits = {name: (labels == (y if name == "in-context" else y[:, list(lengths)])).sum(0)
             for name, labels in found.items()}
-    return hits, *last, torch.from_numpy(y[:, -1])
+    return hits, logits, torch.from_numpy(y)
 
 
 @torch.no_grad()
@@ -1086,7 +1093,7 @@ def evaluate(model, dataset, settings, precision, num_tasks=0):
     With `num_tasks`, on that fixed set. A curve has lists: examples, accuracy, its 95 % low, high.
     """
     n, lengths = settings.EVAL_SEQUENCES, context_lengths(settings)[1:]
-    hits, logits, t, y = count_hits(model, dataset, n, settings, precision, num_tasks, lengths)
+    hits, logits, y = count_hits(model, dataset, n, settings, precision, num_tasks, lengths)
     ours = hits.pop("in-context")
     asked = slice(-1 if settings.ARCHITECTURE == "maml" else 0, None)    # it answers last only
     found = {MODELS[settings.ARCHITECTURE]: (range(len(ours))[asked], ours[asked]),
@@ -1099,8 +1106,9 @@ def evaluate(model, dataset, settings, precision, num_tasks=0):
         low, high = interval(hits, n)
         curves[name] = dict(examples=list(examples), accuracy=(hits / n).tolist(),
                             low=low.tolist(), high=high.tolist(), sequences=n)
-    return curves, dict(raw=calibration_error(logits.softmax(1), y),
-                        fitted=calibration_error((logits / t[:, None]).softmax(1), y))
+    t, last = context_temperature(logits[:, :-1], y[:, :-1])[:, None], logits[:, -1]
+    return curves, dict(raw=calibration_error(last.softmax(1), y[:, -1]),
+                        fitted=calibration_error((last / t).softmax(1), y[:, -1]))
 
 
 def context_temperature(logits, y, prior=0.2):
@@ -1370,7 +1378,7 @@ def torchvision_arrays(name, train, folder):
     known = [n for n in datasets.__all__ if n[0].isupper() and not n.startswith("Fake")]
     if name not in known:
         raise UserError(f"data set {name!r} is neither a torchvision data set nor an .npz file"
-                        f"{did_you_mean(name, known)}")
+                        f"{did_you_mean(name, [*known, *RENDERED, 'Random'])}")
     make = getattr(datasets, name)
     place = Path(folder, name, "raw") if hasattr(make, "raw_folder") else Path(folder)
     arguments = make.__init__.__code__.co_varnames
@@ -1540,7 +1548,7 @@ def read_csv(path, label_column, features=None):
         if labelled and not row[place]:
             raise UserError(f"{path}: line {line} has no label in column {place + 1}.")
     values = [number(label) for label in labels]
-    if None not in values and all(value.is_integer() for value in values):
+    if None not in values and all(v.is_integer() and abs(v) < 2**53 for v in values):
         labels = [int(value) for value in values]        # "1" and "1.0" are one class
     names = [first[i] for i in columns] if header else None
     return np.array(x), np.array(labels) if labelled else None, names
@@ -1642,7 +1650,8 @@ def load_checkpoint(path, settings=None):
         raise UserError(f"{path} is truncated or not a checkpoint{remedy}.") from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or (
             settings is not None and identity(saved["settings"]) != identity(vars(settings))):
-        raise UserError(f"{path} is not a checkpoint of this program with these settings{remedy}.")
+        of = "program with these settings" if settings else "version of the program"
+        raise UserError(f"{path} is not a checkpoint of this {of}{remedy}.")
     return saved
 
 
@@ -1666,7 +1675,7 @@ def newest_checkpoint(settings):
 
 
 def identity(settings):
-    """Return the settings that make a run what it is: not those of folders and of `classify`."""
+    """Return the settings that make a run what it is: no folders, nothing that commands read."""
     elsewhere = {"DATA_DIR", *COMMANDS["classify"], *OF_EXPERIMENTS} - {"SEED"}
     return {k: v for k, v in settings.items() if k not in elsewhere}
 
@@ -1762,20 +1771,21 @@ def check_settings(s):
     for name, value in vars(s).items():
         default, may_be_zero = globals()[name], name in (
             "SEED", "EVAL_SEED", "NUM_TASKS", "WARMUP_STEPS", "AVERAGED_PASSES", "WORKERS")
+        least = 0 if may_be_zero else 2 if name == "NUM_EXAMPLES" else 1
         if name in CHOICES and value not in CHOICES[name]:
             raise UserError(f"{name} is {value!r}; expected one of {', '.join(CHOICES[name])}.")
         if type(value) is not type(default) and not (type(default) is float and value == 0):
             raise UserError(f"{name} is {value!r}; expected a value like {default!r}.")
-        if type(default) is int and value < (0 if may_be_zero else 1):
-            raise UserError(f"{name} is {value}; expected {0 if may_be_zero else 1} or more.")
+        if type(default) is int and value < least:
+            raise UserError(f"{name} is {value}; expected {least} or more.")
         if type(default) is float and not 0 <= value < math.inf:
             raise UserError(f"{name} is {value}; expected a number of 0 or more.")
     for name in ("BIASED_FRACTION", "DECAY_FRACTION", "ADAM_BETA2"):
         if getattr(s, name) > 1:
             raise UserError(f"{name} is {getattr(s, name)}; expected a share from 0 to 1.")
-    for name in ("ATTENTION_SCALE", "GRADIENT_CLIP"):
+    for name in ("ATTENTION_SCALE", "GRADIENT_CLIP", "ADAM_EPSILON"):
         if not getattr(s, name):
-            raise UserError(f"{name}=0 leaves nothing to learn by; expected a number above 0.")
+            raise UserError(f"{name} is 0; expected a number above 0.")
     if s.ADAM_BETA2 == 1:
         raise UserError("ADAM_BETA2=1 would never forget; expected a number below 1.")
     if s.MODEL_SIZE % s.NUM_HEADS or s.MODEL_SIZE % 2:
@@ -1784,13 +1794,11 @@ def check_settings(s):
     if s.WAYS > C or not re.fullmatch("[1-9][0-9]*(,[1-9][0-9]*)*", s.SHOTS):
         raise UserError(f"WAYS={s.WAYS}, SHOTS={s.SHOTS}: expected at most {C} ways, and numbers "
                         "of examples such as 1,5.")
-    if s.NUM_EXAMPLES < 2:
-        raise UserError("NUM_EXAMPLES=1 leaves nothing to learn from; expected 2 or more.")
 
 
 # ----------------------------------------------------------------------- plumbing: device, folder
-def choose_device(wanted):
-    """Return (device, why)."""
+def choose_device(wanted, precision="auto"):
+    """Return (device, why, precision), by itself "bf16" where the hardware multiplies that."""
     usable = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if not usable.get(wanted, True):
         raise UserError(f"DEVICE={wanted} is not available here; use --DEVICE=auto.")
@@ -1801,7 +1809,11 @@ def choose_device(wanted):
             raise UserError(f"more processes than GPUs; use --nproc-per-node={there} at most.")
         torch.cuda.set_device(mine)
     why = dict(cuda="the fastest kind", mps="no CUDA here", cpu="no CUDA and no MPS here")[best]
-    return torch.device(best), why if wanted == "auto" else "as asked for"
+    if precision == "auto":
+        fast = (torch.cuda.get_device_capability() >= (8, 0) if best == "cuda" else
+                best == "cpu" and re.search(r"\b(avx512_bf16|amx_bf16)\b", cpu_info()))
+        precision = "bf16" if fast else "fp32"
+    return torch.device(best), why if wanted == "auto" else "as asked for", precision
 
 
 def processes():
@@ -1817,8 +1829,11 @@ def joined_processes(settings):
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
-    torch.distributed.init_process_group(
-        "nccl" if choose_device(settings.DEVICE)[0].type == "cuda" else "gloo")
+    kind = choose_device(settings.DEVICE)[0].type
+    if kind == "mps":
+        raise UserError("several processes can't share MPS; use --DEVICE=cpu, or one process.")
+    torch.distributed.init_process_group(                # the others wait while the first one tests
+        "nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
     try:
         if settings.BATCH_SIZE % processes()[1]:
             raise UserError(f"BATCH_SIZE={settings.BATCH_SIZE} can't be split evenly over "
@@ -1836,16 +1851,6 @@ def agree(loss, stop, device):
         torch.distributed.all_reduce(both)
         loss, stop = (both / processes()[1]).tolist()
     return loss, stop > 0
-
-
-def choose_precision(wanted, device):
-    """Return "bf16" where the hardware multiplies bf16 natively, else "fp32"."""
-    if wanted != "auto":
-        return wanted
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
-    fast = re.search(r"\b(avx512_bf16|amx_bf16)\b", cpu_info())
-    return "bf16" if device.type == "cpu" and fast else "fp32"
 
 
 def cpu_info():
@@ -1999,7 +2004,7 @@ def plot(path, results):
         for color, (learner, curve) in enumerate(entry["curves"].items()):
             accuracy, low, high = (100 * np.array(curve[k]) for k in ("accuracy", "low", "high"))
             if len(accuracy) == 1:
-                panel.plot(curve["examples"], accuracy, "C0D", ms=5, zorder=5, label=learner)
+                panel.plot(curve["examples"], accuracy, f"C{color}D", ms=5, zorder=5, label=learner)
             elif learner == ours:
                 panel.fill_between(curve["examples"], low, high, color="C0", alpha=0.25, lw=0)
                 panel.plot(curve["examples"], accuracy, "C0", lw=2, zorder=5, label=learner)
@@ -2024,8 +2029,7 @@ def help_text():
                for name, changes in PRESETS.items()]
     settings = [f"    {name + '=' + str(globals()[name]):34} {comment}"
                 for name, comment in setting_comments().items()]
-    commands = [f"    {name:9}with CHECKPOINT, " + ", ".join(names[1:])
-                for name, names in COMMANDS.items()]
+    commands = [f"    {name:9}with {', '.join(names)}" for name, names in COMMANDS.items()]
     experiments = [f"    {name:15}{experiment.title}" for name, experiment in EXPERIMENTS.items()]
     return "\n".join(["Usage", usage, "", "Presets", *presets, "",
                       "Commands, with the settings that they read", *commands, "",
@@ -2102,7 +2106,7 @@ def curves(rows, panel, x, y, by, title, unit=100, digits=1):
         panel.set(title=title, xlabel=x)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
-        panel.set_xscale("log" if numeric else "linear")
+        panel.set_xscale("log" if numeric and min(marks) > 0 else "linear")
         if len(marks) < 10 or not numeric:               # more numbers would overlap
             panel.set_xticks(marks if numeric else range(len(marks)), marks, fontsize=8)
             panel.minorticks_off()
@@ -2155,19 +2159,18 @@ def one_run(job):
     torch.set_num_threads(threads)
     keep_freed_memory()
     began, settings = time.time(), default_settings(**{**values, "EVAL_SEED": values["SEED"]})
-    device = choose_device(settings.DEVICE)[0]
-    data = data_of_runs(tuple((key, values[key]) for key in (
+    device, _, precision = choose_device(settings.DEVICE, settings.PRECISION)
+    data = data_of_runs(device, **{key: values[key] for key in (
         "TRAIN_DATASET", "EVAL_DATASETS", "IMAGE_SIZE", "VALIDATION_IMAGES", "NUM_EXAMPLES",
-        "DATA_DIR")), device)
-    precision = choose_precision(settings.PRECISION, device)
+        "DATA_DIR")})
     rows = EXPERIMENTS[name].measure(settings, data, precision)
     return dict(cell=cell, rows=rows, seconds=time.time() - began)
 
 
 @functools.lru_cache(maxsize=1)
-def data_of_runs(pairs, device):
-    """Return (training, validation, tests) for settings given as pairs; the last ones are kept."""
-    training, validation, tests, _ = load_all(default_settings(**dict(pairs), NUM_TASKS=0), device)
+def data_of_runs(device, **settings):
+    """Return (training, validation, tests) for these settings; the last ones are kept."""
+    training, validation, tests, _ = load_all(default_settings(**settings, NUM_TASKS=0), device)
     return training, validation, {name: dataset for name, (dataset, _) in tests.items()}
 
 
@@ -2187,10 +2190,7 @@ def runs_of(name, settings, flags):
 
 def sweep(name, settings, flags):
     """Make the runs of an experiment that are not yet made; write and print what they tell."""
-    device, why = choose_device(settings.DEVICE)
-    precision = choose_precision(settings.PRECISION, device)
-    if settings.FEATURES_FILE:
-        npz_arrays(settings.FEATURES_FILE)               # what is wrong is said before the work
+    device, why, precision = choose_device(settings.DEVICE, settings.PRECISION)
     training, _, tests, notices = load_all(altered(settings, NUM_TASKS=0), device)
     runs = runs_of(name, settings, flags)
     varied = set(runs[0]).intersection(*runs)            # what only some runs set counts for others
@@ -2240,7 +2240,7 @@ def tell(name, rows, folder, log, facts):
 
 
 def read_runs(path):
-    """Return {settings of a run: record} of the lines of a file; what a kill cut short is left."""
+    """Return {settings of a run: record} of a file's lines, without those that a kill cut short."""
     done = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -2273,7 +2273,7 @@ def run_all(jobs, workers):
 
 
 def both_ends(model, dataset, settings, precision, num_tasks=0):
-    """Return the accuracy on the first and that on the last tenth of the examples."""
+    """Return the accuracy on the first example and that on the last tenth of the examples."""
     hits, *_ = count_hits(model, dataset, settings.EVAL_SEQUENCES, settings, precision, num_tasks)
     curve = hits["in-context"] / settings.EVAL_SEQUENCES
     return curve[0], curve[-max(1, len(curve) // 10):].mean()
@@ -2281,7 +2281,7 @@ def both_ends(model, dataset, settings, precision, num_tasks=0):
 
 # phases: memorise instances, identify tasks, learn to learn (paper, figures on the number of tasks)
 def measure_phases(settings, data, precision):
-    """Return accuracy on the first and on the last tenth of the examples, on the tasks to train on
+    """Return accuracy on the first example and on the last tenth of them, on the tasks to train on
     (too many of them, and not all were seen), on fresh tasks, and on other data sets; test images.
     """
     training, _, tests = data
@@ -2565,8 +2565,8 @@ def measure_features(settings, data, precision):
     features; of the rows of FEATURES_FILE, if there is one.
     """
     (training, _, tests), inputs = data, {}
-    most = max(shots := [int(word) for word in settings.SHOTS.split(",")])
-    check_context(make_model(settings), settings.WAYS * most)
+    every = list(dict.fromkeys(int(word) for word in settings.SHOTS.split(",")))
+    check_context(make_model(settings), settings.WAYS * max(every))
     if settings.FEATURES_FILE:
         name = Path(settings.FEATURES_FILE).stem
         inputs[name] = as_dataset(name, *npz_arrays(settings.FEATURES_FILE), settings.IMAGE_SIZE,
@@ -2588,9 +2588,9 @@ def measure_features(settings, data, precision):
         for word, x in (("pixels", images), ("features", features)):
             inputs[word] = Dataset(word, x, y, test.classes - known)
     for dataset in inputs.values():
-        draw_episodes(dataset, 1, settings.WAYS, most, settings, ("are there enough rows?",))
+        draw_episodes(dataset, 1, settings.WAYS, max(every), settings, ("are there enough rows?",))
     model, rows, n = trained(settings, training, precision), [], settings.EVAL_SEQUENCES
-    for (word, dataset), shots in itertools.product(inputs.items(), shots):
+    for (word, dataset), shots in itertools.product(inputs.items(), every):
         hits = {}
         for start, size in starts_and_sizes(n, settings.WAYS * shots):
             x, y = draw_episodes(dataset, size, settings.WAYS, shots, settings,
@@ -2631,7 +2631,8 @@ def agreement(a, b, y, shown):
     """
     p, q, both_wrong = (a == y).mean(), (b == y).mean(), (a != y) & (b != y)
     same, expected = (a == b).mean(), p * q + (1 - p) * (1 - q) * (1 / (shown - 1)).mean()
-    return dict(agreement=same, expected=expected, kappa=(same - expected) / (1 - expected),
+    kappa = (same - expected) / (1 - expected) if expected < 1 else math.nan
+    return dict(agreement=same, expected=expected, kappa=kappa,
                 same_mistake=(a == b)[both_wrong].mean() if both_wrong.any() else math.nan)
 
 
@@ -2784,7 +2785,8 @@ def load_tests(name, settings, device, notices):
                 raise
             notices.append(f"\n*** NOTICE: {error}\n*** It is left out of the evaluation.\n")
             continue
-        row = word if dataset.name in tests else dataset.name          # MNIST and MNIST.npz
+        taken = {*tests, *(other.rstrip("?") for other in wanted)}     # MNIST and MNIST.npz
+        row = word if dataset.name in taken else dataset.name
         if settings.NUM_TASKS and known:
             tests[f"{row}, seen tasks"] = dataset, settings.NUM_TASKS
         tests[row] = dataset, 0
@@ -2811,8 +2813,7 @@ def speed(model, training, settings, progress, precision, log):
 def run(preset, settings):
     """Meta-train, evaluate and report; continue where a run of the same settings stopped."""
     began, (rank, world) = time.time(), processes()
-    device, why = choose_device(settings.DEVICE)
-    precision = choose_precision(settings.PRECISION, device)
+    device, why, precision = choose_device(settings.DEVICE, settings.PRECISION)
     if rank:                                             # the first process downloads the data
         torch.distributed.barrier()
     training, validation, tests, notices = load_all(settings, device)
@@ -2884,8 +2885,7 @@ def test_and_report(model, tests, settings, precision, folder, log, began, facts
 def evaluate_checkpoint(settings, flags):
     """Print and write the curves of a trained model on any data sets, without training."""
     began, path = time.time(), newest_checkpoint(settings)
-    device, why = choose_device(settings.DEVICE)
-    precision = choose_precision(settings.PRECISION, device)
+    device, why, precision = choose_device(settings.DEVICE, settings.PRECISION)
     model, saved = load_model(path, device)
     chosen = {name: getattr(settings, name) for name in
               {"DEVICE", "PRECISION", "DATA_DIR", "OUT_DIR", "EVAL_DATASETS", *flags}}

@@ -362,6 +362,8 @@ def test_classify_from_csv_files(model_file, tmp_path, capsys, monkeypatch):
     x, labels, words = gpicl.read_examples(counted, "1")
     assert labels.tolist() == [2, 1, 2] and x[:, 0].tolist() == [5, 6, 4] and words is None
     assert gpicl.read_examples(counted, "1", features=4)[0].shape == (3, 4)
+    large = write(tmp_path / "large.csv", [[1, 2**53], [2, 2**53 + 1], [3, 2**53]])
+    assert len(set(gpicl.read_csv(large, "last")[1])) == 2
     named = write(tmp_path / "named.csv", [[0, 1, 2], [5, 6, 7], [5, 8, 9]])
     x, labels, words = gpicl.read_examples(named, "1")
     assert labels.tolist() == [6, 8] and words == ["0", "2"]

@@ -43,6 +43,8 @@ SCRIPT = ROOT / "gpicl_minimal_replication.py"
     ("--MODEL_SIZE=100", "a multiple of NUM_HEADS"),
     ("--NUM_EXAMPLES=1", "expected 2 or more"),
     ("--ADAM_BETA2=1", "below 1"),
+    ("--ADAM_EPSILON=0", "expected a number above 0"),
+    ("--TRAIN_DATASET=RenderedDigit", "did you mean RenderedDigits?"),
     ("--TRAIN_DATASET=mnist", "did you mean MNIST?"),
     ("--VALIDATION_IMAGES=50", "less than one sequence"),
 ])
@@ -69,6 +71,9 @@ def test_torchrun_is_for_training_on_as_many_gpus_as_there_are(fails, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert "use --nproc-per-node=2 at most" in fails([])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert "can't share MPS; use --DEVICE=cpu" in fails([])
 
 
 def test_a_missing_package_is_named(fails, monkeypatch):
@@ -189,6 +194,11 @@ def test_two_data_sets_of_one_name_get_a_row_each(tiny, blobs_file, tmp_path):
     other.write_bytes(blobs_file.read_bytes())
     settings = tiny(EVAL_DATASETS=f"{blobs_file},{blobs_file},{other}")
     assert [*gpicl.load_tests("none", settings, "cpu", [])] == ["blobs", str(other)]
+    points = tmp_path / "Random.npz"
+    points.write_bytes(blobs_file.read_bytes())
+    for wanted in (f"{points},Random?", f"Random,{points}"):
+        tests = gpicl.load_tests("none", tiny(EVAL_DATASETS=wanted), "cpu", [])
+        assert len(tests) == 2 and len(tests[str(points)][0].y) == 600
 
 
 def test_numbers_far_from_zero_keep_their_differences(blobs):
@@ -312,6 +322,9 @@ def test_broken_and_foreign_checkpoints(tiny_flags, tmp_path, fails):
     assert "not a checkpoint of this program" in fails(flags)
     torch.save(dict(format=gpicl.FORMAT, settings=dict(SEED=9), model={}), folder / "model.pt")
     assert "with these settings" in fails(flags)
+    torch.save(dict(format="gpicl-1"), folder / "model.pt")
+    other = fails(["evaluate", f"--CHECKPOINT={folder}/model.pt"])
+    assert "not a checkpoint of this version of the program." in other
 
 
 def test_a_full_disk_gets_a_clear_sentence(tiny_flags, tmp_path):

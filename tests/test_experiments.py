@@ -56,11 +56,12 @@ def table(path):
 def test_every_experiment_ends_in_a_table_a_csv_a_figure_and_a_record(
         name, columns, sweep, tmp_path):
     more = dict(phases=dict(NUM_TASKS=4), plateau=dict(STEPS=25), features=dict(
-        IMAGE_SIZE=8, SHOTS="1,2"), table=dict(EVAL_DATASETS="auto,Random,Missing.npz?"))
+        IMAGE_SIZE=8, SHOTS="1,2,1"), table=dict(EVAL_DATASETS="auto,Random,Missing.npz?"))
     printed = sweep(name, **more.get(name, {}))
     results = tmp_path / "results"
     rows = table(results / f"{name}.csv")
     assert columns <= set(rows[0]) and {row["SEED"] for row in rows} == {"0", "1"}
+    assert len(rows) == len({tuple(row.values()) for row in rows}) or name != "features"
     assert (results / f"{name}.png").stat().st_size > 10000
     record = json.loads((results / f"{name}.json").read_text())
     assert record["experiment"] == name and (
@@ -211,6 +212,7 @@ def test_agreement_beyond_accuracy():
     assert independent["agreement"] == pytest.approx(independent["expected"], abs=0.01)
     same = gpicl.agreement(a, a, y, ten)
     assert same["kappa"] == 1 and same["same_mistake"] == 1
+    assert np.isnan(gpicl.agreement(y, y, y, ten)["kappa"])              # nothing was left to agree
     half = gpicl.agreement(a, np.where(generator.random(len(y)) < 0.5, a, b), y, ten)
     assert 0.4 < half["kappa"] < 0.6
     # few classes shown: guesses among them agree more often, and that is no agreement
@@ -257,8 +259,7 @@ def test_a_file_that_changed_makes_a_new_run(sweep, tmp_path):
 def test_data_of_runs_are_the_test_images_once(monkeypatch, rendered_dir):
     monkeypatch.setattr(gpicl, "NUM_TASKS", 8)           # as edited at the top of the file
     pairs = dict(TRAIN_DATASET="RenderedDigits", EVAL_DATASETS="auto", DATA_DIR=str(rendered_dir))
-    assert [*gpicl.data_of_runs(tuple(pairs.items()), "cpu")[2]] == [
-        "RenderedDigits", "RenderedLetters"]
+    assert [*gpicl.data_of_runs("cpu", **pairs)[2]] == ["RenderedDigits", "RenderedLetters"]
 
 
 def test_random_points_are_learnt_by_heart(tiny):

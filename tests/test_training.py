@@ -132,6 +132,21 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(number, tiny_
     assert saved["progress"]["step"] == step
 
 
+def test_a_signal_in_the_last_step_stops_before_the_test(tiny_flags, tmp_path, capsys, monkeypatch):
+    true_count = gpicl.count_hits
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return true_count(*arguments)
+
+    monkeypatch.setattr(gpicl, "count_hits", interrupted)
+    assert gpicl.main(tiny_flags(ROW_EVERY=6)) == 130
+    assert "Stopped after step 6" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert gpicl.main(tiny_flags(ROW_EVERY=6)) == 0
+    assert "Continuing after step 6" in capsys.readouterr().out
+
+
 def test_same_seed_same_result_and_a_finished_run_says_so(tiny_flags, tmp_path, capsys):
     def table(out_dir, **more):
         assert gpicl.main(tiny_flags(OUT_DIR=tmp_path / out_dir, **more)) == 0
