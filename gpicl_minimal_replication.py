@@ -562,10 +562,9 @@ class LSTM(nn.Module):
         image = F.normalize(torch.randn(m, half) @ free, dim=1).repeat_interleave(2, 0).repeat(C, 1)
         n, told = 2 * C * m, told.repeat_interleave(2 * m, 0)
         sign = torch.tensor([1.0, -1.0]).repeat(n // 2)[:, None]
+        for parameter in self.lstm.parameters():
+            parameter.view(4, D, -1)[:, :n] = 0
         weights, biases = self.lstm.weight_ih_l0.view(4, D, D), self.lstm.bias_ih_l0.view(4, D)
-        recurrent, more = self.lstm.weight_hh_l0.view(4, D, D), self.lstm.bias_hh_l0.view(4, D)
-        for matrix in (weights, recurrent, biases, more):
-            matrix[:, :n] = 0
         weights[0, :n], biases[0, :n] = 22 * told, -8    # input gate, forget gate, cell, output
         weights[1, :n], biases[1, :n] = -9.5 * told, 8
         weights[2, :n, half:], weights[3, :n, :half] = image, 2 * sign * image
@@ -1898,7 +1897,7 @@ def keep_freed_memory():
 
 
 def flops(model, x, y):
-    """Return the floating-point operations in the matrix products of one training step."""
+    """Return the floating-point operations of a step's matrix products (but in torch's LSTM)."""
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter:
         F.cross_entropy(model(x, y).flatten(0, 1), y.flatten()).backward()
