@@ -602,9 +602,8 @@ class OuterProductLSTM(nn.Module):
         its key, and the query's, along the same directions, reads it.
         """
         nn.init.zeros_(self.recurrent.weight)
-        weights = self.input.weight.zero_().view(6, self.heads, -1, self.size)
+        half, weights = len(free), self.input.weight.zero_().view(6, self.heads, -1, self.size)
         biases = self.input.bias.zero_().view(6, self.heads, -1)         # f, i, o, k, v, q
-        half = len(free)
         image = F.normalize(torch.randn(self.size, half) @ free, dim=1).view(self.heads, -1, half)
         for gate, slope, bias in ((0, -9.5, 8), (1, 22, -8)):
             weights[gate, :, :C], biases[gate, :, :C] = slope * told[:image.shape[1]], bias
@@ -1105,7 +1104,9 @@ def evaluate(model, dataset, settings, precision, num_tasks=0):
         low, high = interval(hits, n)
         curves[name] = dict(examples=list(examples), accuracy=(hits / n).tolist(),
                             low=low.tolist(), high=high.tolist(), sequences=n)
-    t, last = context_temperature(logits[:, :-1], y[:, :-1])[:, None], logits[:, -1]
+    batches = zip(logits.split(EVAL_BATCH), y.split(EVAL_BATCH))         # all at once need a GiB
+    t = torch.cat([context_temperature(a[:, :-1], b[:, :-1]) for a, b in batches])[:, None]
+    last = logits[:, -1]
     return curves, dict(raw=calibration_error(last.softmax(1), y[:, -1]),
                         fitted=calibration_error((last / t).softmax(1), y[:, -1]))
 
