@@ -558,7 +558,7 @@ class LSTM(nn.Module):
         pairs add up to how like it the query is. What cells are left stay as they are.
         """
         D, half = told.shape[1], len(free)
-        m = D // (2 * C) if half > 2 * C else 0          # directions; n cells
+        m = D // (2 * C) if half > 2 * C else 0          # so many directions
         image = F.normalize(torch.randn(m, half) @ free, dim=1).repeat_interleave(2, 0).repeat(C, 1)
         n, told = 2 * C * m, told.repeat_interleave(2 * m, 0)
         sign = torch.tensor([1.0, -1.0]).repeat(n // 2)[:, None]
@@ -1675,7 +1675,7 @@ def newest_checkpoint(settings):
 
 
 def identity(settings):
-    """Return the settings that make a run what it is: no folders, nothing that commands read."""
+    """Return the settings that make a run: not folders, nor what only other commands read."""
     elsewhere = {"DATA_DIR", *COMMANDS["classify"], *OF_EXPERIMENTS} - {"SEED"}
     return {k: v for k, v in settings.items() if k not in elsewhere}
 
