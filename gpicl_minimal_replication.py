@@ -89,7 +89,7 @@ BIASED_FRACTION = 0.0        # share of each batch with one fixed label permutat
 ARCHITECTURE = "transformer"  # lstm, outer_lstm, deltanet, mlp, vsml, vsml_free, maml
 TOKEN_FORMAT = "pairs"       # pairs: (A x_i, A x_i-1, y_i-1); paper: (A x_i, y_i-1)
 COMPARE_IMAGES = True        # give attention the cosines between images (pairs only); False: not
-RIDGE_ATTENTION = True       # heads add a ridge regression of their values (with cosines only)
+RIDGE_ATTENTION = True       # heads add a ridge regression of their values (if images are compared)
 GUIDED_START = True          # no cosines: start by comparing (paper: look back; lstm: class means)
 ATTENTION_SCALE = 2.0        # start of the scale of the scores: from 2 to this over the heads
 OUTPUT_STD = 0.0             # first std of weights that write to the stream, times sqrt(inputs)
@@ -164,7 +164,7 @@ QUERIES = 200                                        # rows that are classified 
 MAX_CONTEXT = 2000                                   # of more examples, each pass sees a sample
 OFFSET = 3.0                                         # constant feature, where the others have std 1
 MIXTURE_SCALE = 10.0                                 # makes Adam's steps fit the image mixtures
-FORMAT = "gpicl-4"                                   # of checkpoints
+FORMAT = "gpicl-5"                                   # of checkpoints
 DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)
 MODELS = dict(transformer="Transformer", lstm="LSTM", outer_lstm="outer-product LSTM",
               deltanet="gated DeltaNet", mlp="MLP", vsml="VSML", vsml_free="VSML, not symmetric",
@@ -209,9 +209,8 @@ def stream(device, *key):
 def draw_task(seed, i, n_pixels, size, device):
     """Return task number i of a fixed set: A (P, N) and rho (C,), the same at every call.
 
-    On one kind of device, that is: the random numbers of CUDA, MPS and CPU differ.
-
-    A_ij ~ N(0, 1/N): the *variance* is 1/N, so a projected image keeps its scale (paper, Sec. 3).
+    (On one kind of device, that is: the random numbers of CUDA, MPS and CPU differ.) A_ij ~ N(0,
+    1/N): the *variance* is 1/N, so a projected image keeps its scale (paper, Sec. 3).
     """
     generator = stream(device, seed, "task", i)
     projection = torch.randn(size, n_pixels, generator=generator, device=device) / n_pixels**0.5
@@ -228,13 +227,13 @@ def cholesky(matrix):
         lower, failed = torch.linalg.cholesky_ex(matrix)
         if not failed.any():
             return lower
-    lower = torch.zeros_like(matrix)
-    floor = 1e-6 * matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True) + 1e-30
-    for j in range(lower.shape[-1]):
-        column = matrix[:, j:, j] - (lower[:, j:, :j] @ lower[:, j, :j, None])[..., 0]
-        pivot = column[:, :1]
-        lower[:, j:, j] = torch.where(pivot > floor, column * pivot.clamp_min(floor).rsqrt(), 0)
-    return lower
+    columns, floor = [], 1e-6 * matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True) + 1e-30
+    for j in range(matrix.shape[-1]):
+        column, pivot = matrix[..., j], matrix[:, j, j, None]
+        column = torch.where(pivot > floor, column * pivot.clamp_min(floor).rsqrt(), 0)
+        matrix = matrix - column[..., None] * column[:, None]            # what is left to explain
+        columns.append(column)
+    return torch.stack(columns, -1).tril()
 
 
 def span(images):
@@ -250,7 +249,7 @@ def span(images):
 
 def outputs_read(s):
     """Return how many outputs of a projection, all alike, a model reads: few, if given cosines."""
-    return min(s.PROJECTION_SIZE, s.READ_SIZE) if compares_images(s) else s.PROJECTION_SIZE
+    return min(s.PROJECTION_SIZE, s.READ_SIZE) if comparison(s) == "exact" else s.PROJECTION_SIZE
 
 
 def project_afresh(coordinates, settings, generator):
@@ -327,13 +326,13 @@ def shift(x, queries):
 
 
 def image_cosines(x, queries):
-    """Return (4, B, T, T): how alike the images of token i and of token j are.
+    """Return (4, B, T, T): how alike the images of token i and of token j are, from x (B, T, n).
 
     A token holds two images, its query x_i and the labelled x_i-1. In order: query i with labelled
     j, labelled with labelled, query with query, labelled with query.
     """
     with torch.autocast(x.device.type, enabled=False):
-        gram = x @ x.mT
+        gram = x.float() @ x.float().mT
         length = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-12).sqrt()
         query = gram / (length[:, :, None] * length[:, None])
     labelled = shift(query, queries)
@@ -366,9 +365,11 @@ def causal_mask(length, queries, device):
     return torch.where(context | (i == i[:, None]), 0.0, -math.inf)
 
 
-def compares_images(s):
-    """Return whether these settings give attention the cosines between images."""
-    return s.ARCHITECTURE == "transformer" and s.TOKEN_FORMAT == "pairs" and s.COMPARE_IMAGES
+def comparison(s):
+    """Return how attention compares images: "exact" (as they are), "learnt" (projected) or None."""
+    if s.ARCHITECTURE != "transformer" or s.TOKEN_FORMAT != "pairs":
+        return None
+    return "exact" if s.COMPARE_IMAGES else "learnt" if s.GUIDED_START else None
 
 
 def sharpness(length, queries, trained, device):
@@ -383,12 +384,12 @@ def sharpness(length, queries, trained, device):
 
 class Surroundings(NamedTuple):
     """What attention needs to know of a sequence besides the residual stream."""
-    x: torch.Tensor                        # (B, T, P) projected images
     queries: int                           # how many of the last are asked about side by side
+    mask: torch.Tensor                     # (T, T) from causal_mask
     sharpness: float | torch.Tensor        # (T, 1) factor of the scores from sharpness(), or 1
+    seen: torch.Tensor                     # (B, T, n) images as compared: x, or learnt projections
     cosines: torch.Tensor | None           # (4, B, T, T) from image_cosines
     ridge: torch.Tensor | None             # (B, T, T) from ridge_weights
-    mask: torch.Tensor | None              # (T, T) from causal_mask; None: simply causal
 
 
 def residual_output(inputs, outputs, settings):
@@ -408,12 +409,12 @@ class Attention(nn.Module):
     So images are compared in full: the residual stream's few numbers would blur their distances.
     The mixtures start as nearest-neighbour look-ups of several sharpnesses, in the first layer
     between query and labelled images, later half of them among labelled images.
-    With RIDGE_ATTENTION every head adds to what it finds a learnt multiple of a kernel ridge
-    regression of its values: where the labels it saw lie, by least squares instead of likeness. The
-    multiples start at one in layer 1, at zero in the others.
-    Without the cosines GUIDED_START makes the first layer's queries and keys learnt projections of
-    the images, wider than the stream and tied, the black-box way to compare them well; or, with
-    TOKEN_FORMAT "paper", its heads look at the token before, whose image the label belongs to.
+    Without them, the black box, GUIDED_START makes the first layer's queries and keys learnt
+    projections of the images, wider than the stream and tied; or, with TOKEN_FORMAT "paper", its
+    heads look at the token before, whose image the label belongs to.
+    With RIDGE_ATTENTION every head adds a learnt multiple (at first one in layer 1, zero in others)
+    of a kernel ridge regression of its values, on the cosines of the images or of their learnt
+    projections: where the labels it saw lie, by least squares instead of likeness.
     """
 
     def __init__(self, settings, first):
@@ -421,46 +422,40 @@ class Attention(nn.Module):
         size, self.heads = settings.MODEL_SIZE, settings.NUM_HEADS
         self.qkv = nn.Linear(size, 3 * size, bias=False)
         self.out = residual_output(size, size, settings)
-        self.log_scale = nn.Parameter(torch.linspace(
-            math.log(2), math.log(settings.ATTENTION_SCALE), self.heads))
-        self.mixture = self.ridge = self.glance = self.back = None
-        if compares_images(settings):
+        self.tied = first and comparison(settings) == "learnt"
+        scales = (8, 32) if self.tied else (2, settings.ATTENTION_SCALE)
+        self.log_scale = nn.Parameter(torch.linspace(*map(math.log, scales), self.heads))
+        self.mixture = self.ridge = self.back = None
+        if comparison(settings) == "exact":
             start = torch.zeros(self.heads, 4)           # to hold sharpnesses of 8 ... 32
             for head in range(self.heads):
                 start[head, 0 if first else head % 2] = 8 * 4 ** (head / max(1, self.heads - 1))
             self.mixture = nn.Parameter(start / MIXTURE_SCALE)
-            if settings.RIDGE_ATTENTION:
-                self.ridge = nn.Parameter(torch.full((self.heads, 1, 1, 1), float(first)))
         elif settings.GUIDED_START and first and settings.TOKEN_FORMAT == "paper":
             self.back = nn.Parameter(torch.full((self.heads, 1, 1, 1), 10.0))
-        elif settings.GUIDED_START and first:
-            self.glance = nn.Linear(settings.PROJECTION_SIZE, 128 * self.heads, bias=False)
-            self.log_scale.data = torch.linspace(math.log(8), math.log(32), self.heads)
+        if settings.RIDGE_ATTENTION and comparison(settings):
+            self.ridge = nn.Parameter(torch.full((self.heads, 1, 1, 1), float(first)))
 
     def forward(self, h, around):
         B, T, D = h.shape
         qkv = self.qkv(h).view(B, T, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 3, 0, 1, 4).contiguous()                # each (H, B, T, D / H)
-        if self.glance is not None:
-            seen = self.glance(around.x)
+        if self.tied:
             q, k = (a.view(B, T, self.heads, -1).permute(2, 0, 1, 3)
-                    for a in (seen, shift(seen, around.queries)))
+                    for a in (around.seen, shift(around.seen, around.queries)))
         scale = (self.log_scale.exp() / q.shape[-1])[:, None, None, None]    # q k' / size: cosine
         q, k = (norm(q) * (scale * around.sharpness)).to(v.dtype), norm(k).to(v.dtype)
-        if self.mixture is None:
-            mask = around.mask
-            if self.back is not None:
-                i = torch.arange(T, device=h.device)
-                before = i.clamp(max=T - around.queries)[:, None] - 1 == i
-                mask = (mask + self.back * before).to(v.dtype)
-            mixed = F.scaled_dot_product_attention(q, k, v, mask, scale=1.0, is_causal=mask is None)
-        else:
-            # Written out: fused kernels take no learnt bias, or are slower with one. In fp32, since
-            # bf16 would round a score of 32 to a multiple of 1/4.
+        # Written out: fused kernels take no learnt bias, and their gradient is slow on CPUs. Sums
+        # in fp32, since bf16 would round a score of 32 to a multiple of 1/4; in place is slower.
+        scores = q @ k.mT + around.mask
+        if self.mixture is not None:
             with torch.autocast(h.device.type, enabled=False):
-                scores = MIXTURE_SCALE * self.mixture @ around.cosines.flatten(1)
-            scores = scores.view(-1, B, T, T) + q @ k.mT + around.mask   # in place is slower
-            mixed = scores.softmax(-1).to(v.dtype) @ v
+                mixture = MIXTURE_SCALE * self.mixture @ around.cosines.flatten(1)
+            scores = mixture.view(scores.shape) + scores
+        if self.back is not None:
+            i = torch.arange(T, device=h.device)
+            scores = scores + self.back * (i.clamp(max=T - around.queries)[:, None] - 1 == i)
+        mixed = scores.softmax(-1).to(v.dtype) @ v
         if self.ridge is not None:
             values = v.permute(1, 2, 0, 3).reshape(B, T, D)              # of all heads at once
             found = (around.ridge.to(v.dtype) @ values).view(B, T, self.heads, -1)
@@ -502,11 +497,14 @@ class InContextModel(nn.Module):
         width = size // 2 if settings.TOKEN_FORMAT == "pairs" else size
         self.embed_image = nn.Linear(inputs, width, bias=False)
         self.embed_label = nn.Linear(C, size, bias=False)
-        nn.init.normal_(self.embed_image.weight, std=inputs**-0.5)
+        nn.init.normal_(self.embed_image.weight, std=1 / 8)              # see forward
         nn.init.normal_(self.embed_label.weight, std=3 * C**-0.5)
-        self.positions = None
+        self.positions = self.glance = None
         if settings.TOKEN_FORMAT == "paper":
             self.positions = nn.Parameter(0.02 * torch.randn(settings.NUM_EXAMPLES, size))
+        if comparison(settings) == "learnt":
+            self.glance = nn.Linear(inputs, 256 * settings.NUM_HEADS, bias=False)
+            nn.init.normal_(self.glance.weight)          # only cosines matter: to suit Adam's steps
         self.layers = nn.ModuleList(Block(settings, i == 0) for i in range(settings.NUM_LAYERS))
         if "lstm" in settings.ARCHITECTURE and settings.GUIDED_START and self.positions is None:
             start_with_class_means(self.layers[0].attention, self.embed_label.weight)
@@ -518,9 +516,9 @@ class InContextModel(nn.Module):
 
         The last `queries` examples don't see each other: each comes after the same T - queries.
         """
-        T, compare = x.shape[1], compares_images(self.settings)
-        masked = self.settings.TOKEN_FORMAT == "paper" and self.settings.GUIDED_START
-        h = self.embed_image(x[..., :self.embed_image.in_features])
+        T, inputs = x.shape[1], self.embed_image.in_features
+        read = x[..., :inputs] * (8 * inputs**-0.5)      # not smaller weights, for Adam's sake
+        h = self.embed_image(read)
         if self.positions is None:
             h = torch.cat([h, shift(h, queries)], -1)
         else:
@@ -528,11 +526,13 @@ class InContextModel(nn.Module):
         h = h + self.embed_label(shift(F.one_hot(y, C).to(x.dtype), queries))
         trained = max(2, self.settings.NUM_EXAMPLES - 1)
         sharp = sharpness(T, queries, trained, x.device) if T - queries > trained else 1.0
-        mask = causal_mask(T, queries, x.device) if compare or masked or queries > 1 else None
-        cosines = image_cosines(x, queries) if compare else None
+        mask, compare = causal_mask(T, queries, x.device), comparison(self.settings)
+        seen = x if self.glance is None else self.glance(read)
+        cosines = image_cosines(seen, queries) if compare else None
         ridge = compare and self.settings.RIDGE_ATTENTION
-        around = Surroundings(x, queries, sharp, cosines * sharp if compare else None,
-                              ridge_weights(cosines[2], queries, mask) if ridge else None, mask)
+        around = Surroundings(
+            queries, mask, sharp, seen, cosines * sharp if compare == "exact" else None,
+            ridge_weights(cosines[2], queries, mask) if ridge else None)
         for layer in self.layers:
             h = layer(h, around)
         return self.head(norm(h))
@@ -828,9 +828,8 @@ def make_optimizers(model, settings, precision):
 
     Muon takes the matrices inside the layers; embeddings, head and scalars are AdamW's.
     """
-    muon = settings.OPTIMIZER == "muon"
-    layers = getattr(model, "layers", nn.ModuleList())
-    hidden = [p for p in layers.parameters() if muon and p.ndim == 2 and min(p.shape) > C]
+    hidden = [p for p in getattr(model, "layers", nn.Module()).parameters()
+              if settings.OPTIMIZER == "muon" and p.ndim == 2 and min(p.shape) > C]
     rest = [p for p in model.parameters() if not any(p is other for other in hidden)]
     optimizers = [torch.optim.AdamW(rest, settings.LEARNING_RATE, betas=(0.9, settings.ADAM_BETA2),
                                     eps=settings.ADAM_EPSILON, weight_decay=settings.WEIGHT_DECAY)]
@@ -2685,8 +2684,9 @@ def report_algorithm(rows, figure):
 
 # What the small ones among them share: 8x8 images, and a model small enough for many runs.
 SMALL = dict(IMAGE_SIZE=8, PROJECTION_SIZE=64, NUM_EXAMPLES=30, COMPARE_IMAGES=False,
-             ATTENTION_SCALE=16.0, OUTPUT_STD=1.0, MODEL_SIZE=64, NUM_LAYERS=2, MLP_SIZE=128,
-             BATCH_SIZE=64, STEPS=1000, LEARNING_RATE=3e-3, DECAY_FRACTION=0.3, EVAL_SEQUENCES=1024)
+             RIDGE_ATTENTION=False, ATTENTION_SCALE=16.0, OUTPUT_STD=1.0, MODEL_SIZE=64,
+             NUM_LAYERS=2, MLP_SIZE=128, BATCH_SIZE=64, STEPS=1000, LEARNING_RATE=3e-3,
+             DECAY_FRACTION=0.3, EVAL_SEQUENCES=1024)
 EXPERIMENTS = {
     "phases": Experiment(
         "Memorising, identifying tasks, learning to learn: by number of training tasks",

@@ -235,7 +235,7 @@ def test_paper_tokens_start_by_looking_one_token_back(tiny):
         attention.qkv.weight[64:], attention.out.weight[:] = torch.eye(32), torch.eye(32)
     for queries in (1, 3):                               # side by side, all after example 9 - 3
         h, mask = torch.randn(2, 9, 32), gpicl.causal_mask(9, queries, "cpu")
-        out = attention(h, gpicl.Surroundings(None, queries, 1.0, None, None, mask))
+        out = attention(h, gpicl.Surroundings(queries, mask, 1.0, None, None, None))
         for i in range(1, 9):
             before = min(i, 9 - queries) - 1
             assert torch.allclose(out[:, i], h[:, before], atol=0.02)

@@ -7,7 +7,9 @@ import torch
 from conftest import gpicl
 
 FORMATS = [dict(TOKEN_FORMAT="pairs"), dict(TOKEN_FORMAT="pairs", RIDGE_ATTENTION=False),
-           dict(TOKEN_FORMAT="pairs", COMPARE_IMAGES=False), dict(TOKEN_FORMAT="paper")]
+           dict(TOKEN_FORMAT="pairs", COMPARE_IMAGES=False),
+           dict(TOKEN_FORMAT="pairs", COMPARE_IMAGES=False, RIDGE_ATTENTION=False),
+           dict(TOKEN_FORMAT="paper")]
 
 
 def lively_model(settings):
@@ -105,13 +107,11 @@ def test_attention_equals_a_plain_loop(form, first, tiny):
         torch.nn.init.normal_(attention.mixture)
     if attention.ridge is not None:
         torch.nn.init.normal_(attention.ridge)
-    h, x = torch.randn(2, 6, 32), torch.randn(2, 6, 32)
-    compare = attention.mixture is not None
-    cosines, mask = gpicl.image_cosines(x, 1), gpicl.causal_mask(6, 1, "cpu")
+    h, x, mask = torch.randn(2, 6, 32), torch.randn(2, 6, 32), gpicl.causal_mask(6, 1, "cpu")
+    seen = x @ torch.randn(32, 2 * 256) if attention.tied else x
+    cosines = gpicl.image_cosines(seen, 1)
     found = attention(h, gpicl.Surroundings(
-        x, 1, 1.0, cosines if compare else None,
-        gpicl.ridge_weights(cosines[2], 1, mask) if compare else None,
-        mask if compare or attention.back is not None else None))
+        1, mask, 1.0, seen, cosines, gpicl.ridge_weights(cosines[2], 1, mask)))
 
     def unit(v):
         return v / v.norm().clamp_min(1e-6)
@@ -130,10 +130,10 @@ def test_attention_equals_a_plain_loop(form, first, tiny):
                 part, scores = slice(16 * n, 16 * n + 16), []
                 for j in range(i + 1):
                     query, key = q[i, part], k[j, part]
-                    if attention.glance is not None:
-                        wide = slice(128 * n, 128 * n + 128)
-                        query = attention.glance(image(b, i))[wide]
-                        key = attention.glance(image(b, j - 1))[wide]
+                    if attention.tied:
+                        wide = slice(256 * n, 256 * n + 256)
+                        query = seen[b, i, wide]
+                        key = seen[b, j - 1, wide] if j else torch.zeros(256)
                     score = attention.log_scale[n].exp() * (standard(query) * standard(key)).mean()
                     if attention.mixture is not None:
                         pairs = [(i, j - 1), (i - 1, j - 1), (i, j), (i - 1, j)]
@@ -147,7 +147,7 @@ def test_attention_equals_a_plain_loop(form, first, tiny):
                 heads.append(sum(w * v[j, part] for j, w in enumerate(weights)))
                 if attention.ridge is not None:
                     heads[-1] = heads[-1] + attention.ridge[n].item() * sum(
-                        w * v[j + 1, part] for j, w in enumerate(ridge_by_loops(x[b], i)))
+                        w * v[j + 1, part] for j, w in enumerate(ridge_by_loops(seen[b], i)))
             expected = attention.out(torch.cat(heads))
             assert torch.allclose(found[b, i], expected, atol=1e-4)
 
