@@ -88,7 +88,7 @@ BIASED_FRACTION = 0.0        # share of each batch with one fixed label permutat
 # Model
 ARCHITECTURE = "transformer"  # lstm, outer_lstm, deltanet, mlp, vsml, vsml_free, maml
 TOKEN_FORMAT = "pairs"       # pairs: (A x_i, A x_i-1, y_i-1); paper: (A x_i, y_i-1)
-COMPARE_IMAGES = True        # give attention the cosines between images (pairs only); False: not
+COMPARE_IMAGES = True        # give attention the cosines between images (pairs only); or black box
 RIDGE_ATTENTION = True       # heads add a ridge regression of their values (if images are compared)
 GUIDED_START = True          # no cosines: start by comparing (paper: look back; lstm: class means)
 ATTENTION_SCALE = 2.0        # start of the scale of the scores: from 2 to this over the heads
