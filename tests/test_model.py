@@ -59,8 +59,10 @@ def test_pairs_put_the_label_beside_its_own_image(tiny):
     model(x, y)
     label = model.embed_label(torch.nn.functional.one_hot(y, 10).float())
     stored = seen[0][:, 5] - label[:, 4]                 # token 5 holds x_5, and x_4 with y_4
-    assert torch.allclose(stored[:, :16], model.embed_image(x[:, 5]), atol=1e-5)
-    assert torch.allclose(stored[:, 16:], model.embed_image(x[:, 4]), atol=1e-5)
+    images = model.embed_image(x * 8 * 32**-0.5)         # weights of std 1/8 for any width
+    assert torch.allclose(stored[:, :16], images[:, 5], atol=1e-5)
+    assert torch.allclose(stored[:, 16:], images[:, 4], atol=1e-5)
+    assert images.std().item() == pytest.approx(1, abs=0.3)
 
 
 @pytest.mark.parametrize("form", FORMATS)
