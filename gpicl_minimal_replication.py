@@ -209,8 +209,8 @@ def stream(device, *key):
 def draw_task(seed, i, n_pixels, size, device):
     """Return task number i of a fixed set: A (P, N) and rho (C,), the same at every call.
 
-    (On one kind of device, that is: the random numbers of CUDA, MPS and CPU differ.) A_ij ~ N(0,
-    1/N): the *variance* is 1/N, so a projected image keeps its scale (paper, Sec. 3).
+    (On one kind of device: the random numbers of CUDA, MPS and CPU differ.) A_ij ~ N(0, 1/N): the
+    *variance* is 1/N, so a projected image keeps its scale (paper, Sec. 3).
     """
     generator = stream(device, seed, "task", i)
     projection = torch.randn(size, n_pixels, generator=generator, device=device) / n_pixels**0.5
@@ -528,8 +528,8 @@ class InContextModel(nn.Module):
         sharp = sharpness(T, queries, trained, x.device) if T - queries > trained else 1.0
         mask, compare = causal_mask(T, queries, x.device), comparison(self.settings)
         seen = x if self.glance is None else self.glance(read)
-        cosines = image_cosines(seen, queries) if compare else None
         ridge = compare and self.settings.RIDGE_ATTENTION
+        cosines = image_cosines(seen, queries) if compare == "exact" or ridge else None
         around = Surroundings(
             queries, mask, sharp, seen, cosines * sharp if compare == "exact" else None,
             ridge_weights(cosines[2], queries, mask) if ridge else None)
