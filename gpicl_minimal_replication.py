@@ -138,8 +138,7 @@ RESULTS_DIR = "results"      # the tables and figures of the experiments
 PRESETS = {
     "default": {},
     "quick": dict(STEPS=600, ROW_EVERY=100),
-    "large": dict(MODEL_SIZE=256, NUM_LAYERS=12, NUM_HEADS=8, MLP_SIZE=1024, BATCH_SIZE=64,
-                  STEPS=8000, LEARNING_RATE=3e-3),
+    "large": dict(STEPS=12000, ROW_EVERY=1000),          # longer: wider models learnt no more
     "paper": dict(IMAGE_SIZE=32, NUM_TASKS=2**25, BIASED_FRACTION=0.9, TOKEN_FORMAT="paper",
                   GUIDED_START=False, OUTPUT_STD=1.0, MODEL_SIZE=256, NUM_LAYERS=4, NUM_HEADS=8,
                   MLP_SIZE=1024, OPTIMIZER="adamw", BATCH_SIZE=128, STEPS=2**18,
