@@ -223,9 +223,10 @@ def cholesky(matrix):
     give, and MPS lacked it for long: then by columns, where a vanishing pivot gives zeros.
     """
     if matrix.device.type != "mps":
-        lower, failed = torch.linalg.cholesky_ex(matrix)
+        upper = not matrix.requires_grad                 # quicker than lower, but not its gradient
+        factor, failed = torch.linalg.cholesky_ex(matrix, upper=upper)
         if not failed.any():
-            return lower
+            return factor.mT if upper else factor
     columns, floor = [], 1e-6 * matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True) + 1e-30
     for j in range(matrix.shape[-1]):
         column, pivot = matrix[..., j], matrix[:, j, j, None]
@@ -288,8 +289,7 @@ def draw_sequences(dataset, n_sequences, settings, key, num_tasks=0, biased_frac
     the tasks are picked from that many fixed ones, else each is fresh (and x perhaps narrower, see
     project_afresh). The first `biased_fraction` of them share one label permutation (Sec. 4.5).
     """
-    device = dataset.x.device
-    generator = stream(device, *key)
+    device, generator = dataset.x.device, stream(dataset.x.device, *key)
     chosen = draw_images(dataset, n_sequences, settings.NUM_EXAMPLES, generator)
     images, labels = F.embedding(chosen, dataset.x), dataset.y[chosen]   # faster than x[chosen]
     if num_tasks:
@@ -870,10 +870,15 @@ def update(model, optimizers, x, y, rate, precision, clip):
     return loss, size
 
 
-def training_batch(dataset, step, settings):
+def training_batch(dataset, step, settings, precision):
     """Return x (B, T, P) and y (B, T) of a step: the same at every call."""
-    return draw_sequences(dataset, settings.BATCH_SIZE, settings, ("train", settings.SEED, step),
-                          settings.NUM_TASKS, settings.BIASED_FRACTION)
+    # Where fp32 products may round, oneDNN makes them: on an AMD, unrounded, in half of MKL's time.
+    products, former = torch.backends.mkldnn.matmul, torch.backends.mkldnn.matmul.fp32_precision
+    products.fp32_precision = "bf16" if precision == "bf16" else former
+    batch = draw_sequences(dataset, settings.BATCH_SIZE, settings, ("train", settings.SEED, step),
+                           settings.NUM_TASKS, settings.BIASED_FRACTION)
+    products.fp32_precision = former
+    return batch
 
 
 def resume(path, settings, model, optimizers=()):
@@ -908,7 +913,7 @@ def meta_train(model, dataset, validation, settings, folder, precision, log):
     with stop_requests() as stopping, bar:
         for step in range(progress["step"], settings.STEPS):
             began = time.time()
-            x, y = training_batch(dataset, step, settings)
+            x, y = training_batch(dataset, step, settings, precision)
             synchronize(device)
             progress["drawing_seconds"] += time.time() - began
             rate = learning_rate(step, settings)
@@ -1359,8 +1364,7 @@ def as_dataset(name, x, y, size, device, most=C):
         x = x[:, None] if x.ndim == 3 else x
         if x.shape[-2:] != (size, size):
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-    x = x.flatten(1)
-    x = (x - x.mean()) / x.std()
+    x = (x - x.mean()).flatten(1) / x.std()
     return Dataset(name, x.to(device), torch.as_tensor(y).long().to(device), len(kinds))
 
 
@@ -1778,14 +1782,12 @@ def check_settings(s):
             raise UserError(f"{name} is {value}; expected {least} or more.")
         if type(default) is float and not 0 <= value < math.inf:
             raise UserError(f"{name} is {value}; expected a number of 0 or more.")
-    for name in ("BIASED_FRACTION", "DECAY_FRACTION", "ADAM_BETA2"):
-        if getattr(s, name) > 1:
-            raise UserError(f"{name} is {getattr(s, name)}; expected a share from 0 to 1.")
+    for name, most in dict(BIASED_FRACTION=1, DECAY_FRACTION=1, ADAM_BETA2=0.999999).items():
+        if getattr(s, name) > most:
+            raise UserError(f"{name} is {getattr(s, name)}; expected a share from 0 to {most}.")
     for name in ("ATTENTION_SCALE", "GRADIENT_CLIP", "ADAM_EPSILON"):
         if not getattr(s, name):
             raise UserError(f"{name} is 0; expected a number above 0.")
-    if s.ADAM_BETA2 == 1:
-        raise UserError("ADAM_BETA2=1 would never forget; expected a number below 1.")
     if s.MODEL_SIZE % s.NUM_HEADS or s.MODEL_SIZE % 2:
         raise UserError(f"MODEL_SIZE={s.MODEL_SIZE} must be even and a multiple of NUM_HEADS="
                         f"{s.NUM_HEADS}.")
@@ -2138,7 +2140,7 @@ def training_steps(settings, dataset, precision):
     model = make_model(settings).to(dataset.x.device)
     optimizers = make_optimizers(model, settings, precision)
     for step in range(settings.STEPS):
-        x, y = training_batch(dataset, step, settings)
+        x, y = training_batch(dataset, step, settings, precision)
         loss, size = update(model, optimizers, x, y, learning_rate(step, settings), precision,
                             settings.GRADIENT_CLIP)
         if not math.isfinite(loss + size):
@@ -2174,7 +2176,7 @@ def data_of_runs(device, **settings):
 
 def runs_of(name, settings, flags):
     """Return the cells of an experiment with their seeds. A flag fixes what would be varied."""
-    cells, kinds = [], ("ARCHITECTURE", "TOKEN_FORMAT", "GUIDED_START")
+    cells, kinds = [], ("ARCHITECTURE", "TOKEN_FORMAT")
     for cell in EXPERIMENTS[name].cells:
         for key in kinds:
             if key in cell and key in flags:
@@ -2199,11 +2201,11 @@ def sweep(name, settings, flags):
     results = make_folder(Path(settings.RESULTS_DIR), "RESULTS_DIR")
     log = log_to(folder / "log.txt")
     threads = torch.get_num_threads()
-    log(*notices)
     done = read_runs(folder / "runs.jsonl")
     todo = [run for run in runs if json.dumps(run) not in done]
     workers = min(settings.WORKERS or (threads if device.type == "cpu" else 1), max(1, len(todo)))
-    log(f"Experiment  {name}: {len(runs)} runs, {len(runs) - len(todo)} of them made before, "
+    log(*notices,
+        f"Experiment  {name}: {len(runs)} runs, {len(runs) - len(todo)} of them made before, "
         f"{workers} at once\n"
         f"Device      {device.type} ({why}), {precision}; {machine(device)}\n"
         f"Data        {training.name}; tested on {', '.join(tests)}\nRun folder  {folder}")
@@ -2893,9 +2895,8 @@ def evaluate_checkpoint(settings, flags):
     if "trained_on" not in saved:
         raise UserError(f"{path} is not the model.pt of a run; give one with --CHECKPOINT=path.")
     check_context(model, settings.NUM_EXAMPLES - 1)
-    notices, name = [], saved.get("source", saved["settings"]["TRAIN_DATASET"])
-    name = saved["trained_on"] if name == "auto" else name
-    before = saved["settings"]["IMAGE_SIZE"], saved.get("device", device.type)
+    notices, name = [], saved["trained_on"] if saved["source"] == "auto" else saved["source"]
+    before = saved["settings"]["IMAGE_SIZE"], saved["device"]
     # Of other images, or by another device's random numbers, fixed tasks would not be those seen.
     seen = settings.NUM_TASKS if before == (settings.IMAGE_SIZE, device.type) else 0
     tests = load_tests(name, altered(settings, NUM_TASKS=seen), device, notices)

@@ -55,7 +55,7 @@ def test_training_and_testing_mix_no_devices(pretended_gpu, monkeypatch, tiny, c
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     optimizers = gpicl.make_optimizers(model, settings, precision)
     for step in range(2):
-        x, y = gpicl.training_batch(dataset, step, settings)
+        x, y = gpicl.training_batch(dataset, step, settings, precision)
         assert x.device.type == y.device.type == "cuda"
         gpicl.update(model, optimizers, x, y, 1e-3, precision, 1.0)
     curves, _ = gpicl.evaluate(model, dataset, settings, precision)
@@ -80,7 +80,7 @@ def test_a_step_on_a_gpu_is_the_step_on_the_cpu(tiny, blobs):
         model = gpicl.make_model(settings).to(place)
         optimizers = gpicl.make_optimizers(model, settings, "fp32")
         for step in range(3):                            # the random numbers differ by device
-            x, y = gpicl.training_batch(blobs, step, settings)
+            x, y = gpicl.training_batch(blobs, step, settings, "fp32")
             loss, _ = gpicl.update(model, optimizers, x.to(place), y.to(place), 1e-3, "fp32", 1.0)
         losses.append(loss)
         weights.append(torch.cat([p.detach().cpu().flatten() for p in model.parameters()]))

@@ -92,6 +92,14 @@ def test_a_setting_that_some_runs_only_set_counts_for_the_others(sweep):
     assert " 0 of them made before" in printed
 
 
+def test_architectures_can_be_compared_without_a_start():
+    settings = gpicl.default_settings(GUIDED_START=False)
+    with_some, none = (gpicl.runs_of("architectures", settings, flags)
+                       for flags in ([], ["GUIDED_START"]))
+    assert {run["GUIDED_START"] for run in with_some} == {True, False} != {
+        run["GUIDED_START"] for run in none} and len(none) == len(with_some)
+
+
 def test_two_workers_do_what_one_does(sweep, tmp_path):
     more, threads = dict(NUM_TASKS=4, MODEL_SIZE=16, SEEDS=1), torch.get_num_threads()
     torch.set_num_threads(1)

@@ -102,13 +102,21 @@ def test_cholesky_of_singular_matrices_and_where_torch_has_none():
     assert torch.equal(lower, lower.tril())
     assert torch.allclose(lower @ lower.mT, gram, atol=1e-3)
     assert torch.allclose(lower[:2], torch.linalg.cholesky(gram[:2]), atol=1e-3)
-    assert torch.equal(gpicl.cholesky(gram[:2]), torch.linalg.cholesky(gram[:2]))
+    assert torch.allclose(gpicl.cholesky(gram[:2]), torch.linalg.cholesky(gram[:2]), atol=1e-5)
     by, gradients = torch.randn(20, 20), []              # as the black box's ridge attention needs
     for n in (3, 2):                                     # by columns, by torch
         b = a.clone().requires_grad_()
         (gpicl.cholesky(b[:n] @ b[:n].mT)[:2] * by).sum().backward()
         gradients.append(b.grad[:2])
     assert torch.allclose(*gradients, atol=1e-3)
+
+
+def test_a_batch_in_bf16_is_nearly_that_in_fp32(blobs, tiny):
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    (x, y), (rounded, same) = (gpicl.training_batch(blobs, 0, tiny(), precision)
+                               for precision in ("fp32", "bf16"))
+    assert torch.equal(y, same) and (rounded - x).norm() < 0.02 * x.norm()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before       # for all else as it was
 
 
 def test_rho_is_a_permutation_of_the_labels(blobs, tiny):
