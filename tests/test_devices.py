@@ -32,7 +32,7 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     with FakeTensorMode():
         try:
-            torch.ones(2, device="cuda") + 1
+            torch.ones(2, device="cuda").uniform_() + 1
         except RuntimeError as error:
             pytest.skip(f"this build of torch can't pretend to have a GPU: {error}")
         yield
