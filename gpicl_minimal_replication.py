@@ -753,18 +753,17 @@ class MAML(nn.Module):
         T, training = x.shape[1], torch.is_grad_enabled()
         n = T - max(1, T // 4) if training else T - 1
 
-        def net(x, weights):
-            w, b, v, c = weights
+        def net(x, w, b, v, c):
             return (x @ w + b).relu() @ v + c
 
         with torch.enable_grad():
             weights = [w.expand(len(x), *w.shape) for w in self.start]
             for rates in self.log_rates.exp():
-                loss = F.cross_entropy(net(x[:, :n], weights).flatten(0, 1), y[:, :n].flatten(),
+                loss = F.cross_entropy(net(x[:, :n], *weights).flatten(0, 1), y[:, :n].flatten(),
                                        reduction="sum") / n
                 slopes = torch.autograd.grad(loss, weights, create_graph=training)
                 weights = [w - rate * s for w, rate, s in zip(weights, rates, slopes)]
-        return F.pad(net(x[:, n:], weights), (0, 0, n, 0))
+        return F.pad(net(x[:, n:], *weights), (0, 0, n, 0))
 
 
 def check_context(model, n):
@@ -1782,12 +1781,14 @@ def check_settings(s):
             raise UserError(f"{name} is {value}; expected {least} or more.")
         if type(default) is float and not 0 <= value < math.inf:
             raise UserError(f"{name} is {value}; expected a number of 0 or more.")
-    for name, most in dict(BIASED_FRACTION=1, DECAY_FRACTION=1, ADAM_BETA2=0.999999).items():
-        if getattr(s, name) > most:
-            raise UserError(f"{name} is {getattr(s, name)}; expected a share from 0 to {most}.")
+    for name in ("BIASED_FRACTION", "DECAY_FRACTION", "ADAM_BETA2"):
+        if getattr(s, name) > 1:
+            raise UserError(f"{name} is {getattr(s, name)}; expected a share from 0 to 1.")
     for name in ("ATTENTION_SCALE", "GRADIENT_CLIP", "ADAM_EPSILON"):
         if not getattr(s, name):
             raise UserError(f"{name} is 0; expected a number above 0.")
+    if s.ADAM_BETA2 == 1:
+        raise UserError("ADAM_BETA2=1 would never forget; expected a number below 1.")
     if s.MODEL_SIZE % s.NUM_HEADS or s.MODEL_SIZE % 2:
         raise UserError(f"MODEL_SIZE={s.MODEL_SIZE} must be even and a multiple of NUM_HEADS="
                         f"{s.NUM_HEADS}.")
@@ -2176,11 +2177,10 @@ def data_of_runs(device, **settings):
 
 def runs_of(name, settings, flags):
     """Return the cells of an experiment with their seeds. A flag fixes what would be varied."""
-    cells, kinds = [], ("ARCHITECTURE", "TOKEN_FORMAT")
+    cells = []
     for cell in EXPERIMENTS[name].cells:
-        for key in kinds:
-            if key in cell and key in flags:
-                raise UserError(f"{name} compares models of different {key}; leave that flag out.")
+        for key in {"ARCHITECTURE", "TOKEN_FORMAT"} & {*cell} & {*flags}:
+            raise UserError(f"{name} compares models of different {key}; leave that flag out.")
         cell = {key: getattr(settings, key) if key in flags else value
                 for key, value in cell.items()}
         check_settings(altered(settings, **cell))
