@@ -398,8 +398,9 @@ def test_the_commands_of_the_readme_are_valid():
     readme = (ROOT / "README.md").read_text()
     assert "pip install -r requirements.txt && python gpicl_minimal_replication.py\n" in readme
     assert "pip install -r tests/requirements.txt && python -m pytest tests\n" in readme
-    for section in ("What to expect", "What the script does", "Use it on your own data",
-                    "Differences from the paper", "Open questions", "Records", "Citation"):
+    for section in ("Install and run", "Results", "What to expect", "What the script does",
+                    "Use it on your own data", "Differences from the paper", "Open questions",
+                    "Records", "Citation"):
         assert f"\n## {section}\n" in readme
     commands = re.findall(r"^(?:\S+ )*python gpicl_minimal_replication.py(.*)$", readme, re.M)
     assert len(commands) >= 3
