@@ -850,23 +850,26 @@ def logits_of(model, x, y, precision):
         return model(x, y).float()
 
 
-def update(model, optimizers, x, y, rate, precision, clip):
-    """Make one step on sequences x (B, T, P), y (B, T); return the loss and the gradient's norm.
+def update(model, optimizers, x, y, step, settings, precision):
+    """Make step number `step` on sequences x (B, T, P), y (B, T); return the loss.
 
-    The loss is the mean cross-entropy (nats) of every prediction, so of every prefix (Eq. 2). Where
-    it or the gradient is not finite the model stays as it was.
+    The loss is the mean cross-entropy (nats) of every prediction, so of every prefix (Eq. 2).
+    Raises UserError where it or its gradient is not finite; the model stays as it was.
     """
     loss = F.cross_entropy(logits_of(model, x, y, precision).flatten(0, 1), y.flatten())
     loss.backward()
-    size = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    loss, size = loss.item(), size.item()
+    size = nn.utils.clip_grad_norm_(model.parameters(), settings.GRADIENT_CLIP)
+    loss = loss.item()
+    if not math.isfinite(loss + size.item()):
+        raise UserError(f"the loss or its gradient is not finite at step {step + 1}; what was saved"
+                        " before is kept. Try a lower --LEARNING_RATE than "
+                        f"{settings.LEARNING_RATE:g}, or --PRECISION=fp32.")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        if math.isfinite(loss + size):
-            optimizer.step()
+            group["lr"] = learning_rate(step, settings)
+        optimizer.step()
         optimizer.zero_grad()
-    return loss, size
+    return loss
 
 
 def training_batch(dataset, step, settings, precision):
@@ -878,6 +881,23 @@ def training_batch(dataset, step, settings, precision):
                            settings.NUM_TASKS, settings.BIASED_FRACTION)
     products.fp32_precision = former
     return batch
+
+
+def learning_steps(model, optimizers, dataset, settings, precision, first=0):
+    """Meta-train `model` in place from step number `first` on (paper, Sec. 3, Alg. 1); after each
+    step yield how many were made, the loss, the seconds it took, and those to draw its batch.
+    Under torchrun every process draws the whole batch and learns from its share of it.
+    """
+    rank, world = processes()
+    learner = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    for step in range(first, settings.STEPS):
+        began = time.time()
+        x, y = training_batch(dataset, step, settings, precision)
+        synchronize(dataset.x.device)
+        drawn = time.time()
+        mine = x[rank::world], y[rank::world]
+        loss = update(learner, optimizers, *mine, step, settings, precision)
+        yield step + 1, loss, time.time() - began, drawn - began
 
 
 def resume(path, settings, model, optimizers=()):
@@ -893,55 +913,40 @@ def resume(path, settings, model, optimizers=()):
 
 def meta_train(model, dataset, validation, settings, folder, precision, log):
     """Train `model` in place; return a dict of what happened. Continues the folder's checkpoint.
-
-    Under torchrun every process draws the whole batch and learns from its share of it. Raises
-    UserError at a loss or gradient that is not finite, keeping the last checkpoint, and
-    KeyboardInterrupt after Ctrl-C or SIGTERM, leaving a checkpoint of the very last step.
+    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, leaving a checkpoint of the very last step.
     """
-    (rank, world), device, path = processes(), dataset.x.device, folder / "checkpoint.pt"
+    rank, path = processes()[0], folder / "checkpoint.pt"
     optimizers = make_optimizers(model, settings, precision)
     progress = resume(path, settings, model, optimizers) or dict(
         step=0, seconds=0.0, drawing_seconds=0.0, rows=[])
     if progress["step"]:
         log(f"Continuing after step {progress['step']} of {path}")
     log(*progress_table(progress["rows"], settings))
-    learner = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     saved_at = time.time()
     bar = tqdm(total=settings.STEPS, initial=progress["step"], unit="step", smoothing=0.05,
                disable=True if rank else None, dynamic_ncols=True, leave=False)
     with stop_requests() as stopping, bar:
-        for step in range(progress["step"], settings.STEPS):
-            began = time.time()
-            x, y = training_batch(dataset, step, settings, precision)
-            synchronize(device)
-            progress["drawing_seconds"] += time.time() - began
-            rate = learning_rate(step, settings)
-            loss, size = update(learner, optimizers, x[rank::world], y[rank::world], rate,
-                                precision, settings.GRADIENT_CLIP)
-            loss, stop = agree(loss, bool(stopping), device)
-            if not math.isfinite(loss + size):
-                raise UserError(f"the loss or its gradient is not finite at step {step + 1}; "
-                                f"what was saved before stays in {folder}. Try a lower --LEARNING_"
-                                f"RATE than {settings.LEARNING_RATE:g}, or --PRECISION=fp32.")
-            progress["step"] = step + 1
-            progress["seconds"] += time.time() - began
+        for step, loss, seconds, drawing in learning_steps(
+                model, optimizers, dataset, settings, precision, progress["step"]):
+            loss, stop = agree(loss, bool(stopping), dataset.x.device)
+            progress["step"] = step
+            progress["seconds"] += seconds
+            progress["drawing_seconds"] += drawing
             bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", rate=f"{rate:.1e}", refresh=False)
-            done = step + 1 == settings.STEPS
-            if rank == 0 and (done or (step + 1) % settings.ROW_EVERY == 0):
-                hits, *_ = count_hits(model, validation, settings.ROW_SEQUENCES, settings,
-                                      precision)
-                progress["rows"].append(dict(
-                    step=step + 1, seconds=progress["seconds"], loss=loss, rate=rate,
-                    accuracy=(hits["in-context"] / settings.ROW_SEQUENCES).tolist()))
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            done = step == settings.STEPS
+            if rank == 0 and (done or step % settings.ROW_EVERY == 0):
+                n, rate = settings.ROW_SEQUENCES, learning_rate(step - 1, settings)
+                hits, *_ = count_hits(model, validation, n, settings, precision)
+                progress["rows"].append(dict(step=step, seconds=progress["seconds"], loss=loss,
+                                             rate=rate, accuracy=(hits["in-context"] / n).tolist()))
                 log(progress_table(progress["rows"], settings)[-1])
             if rank == 0 and (done or stop or time.time() > saved_at + settings.CHECKPOINT_SECONDS):
                 save_checkpoint(path, settings, model, progress=progress,
                                 optimizers=[optimizer.state_dict() for optimizer in optimizers])
                 saved_at = time.time()
             if stop or done and stopping:
-                raise KeyboardInterrupt(f"Stopped after step {step + 1}; the same command "
-                                        "continues there.")
+                raise KeyboardInterrupt(f"Stopped after step {step}; the same command goes on.")
     return progress
 
 
@@ -2140,13 +2145,8 @@ def training_steps(settings, dataset, precision):
     torch.manual_seed(settings.SEED)
     model = make_model(settings).to(dataset.x.device)
     optimizers = make_optimizers(model, settings, precision)
-    for step in range(settings.STEPS):
-        x, y = training_batch(dataset, step, settings, precision)
-        loss, size = update(model, optimizers, x, y, learning_rate(step, settings), precision,
-                            settings.GRADIENT_CLIP)
-        if not math.isfinite(loss + size):
-            raise UserError(f"the loss is not finite at step {step + 1} of the run {settings}.")
-        yield model, step + 1
+    for step, *_ in learning_steps(model, optimizers, dataset, settings, precision):
+        yield model, step
 
 
 def trained(settings, dataset, precision):

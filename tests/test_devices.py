@@ -57,7 +57,7 @@ def test_training_and_testing_mix_no_devices(pretended_gpu, monkeypatch, tiny, c
     for step in range(2):
         x, y = gpicl.training_batch(dataset, step, settings, precision)
         assert x.device.type == y.device.type == "cuda"
-        gpicl.update(model, optimizers, x, y, 1e-3, precision, 1.0)
+        gpicl.update(model, optimizers, x, y, step, settings, precision)
     curves, _ = gpicl.evaluate(model, dataset, settings, precision)
     assert "mean of 2 passes" in curves and set(gpicl.CLASSICAL) < set(curves)
 
@@ -76,12 +76,12 @@ def test_a_step_on_a_gpu_is_the_step_on_the_cpu(tiny, blobs):
     losses, weights = [], []
     for place in (torch.device("cpu"), device):
         torch.manual_seed(0)
-        settings = tiny()
+        settings = tiny(LEARNING_RATE=1e-3)
         model = gpicl.make_model(settings).to(place)
         optimizers = gpicl.make_optimizers(model, settings, "fp32")
         for step in range(3):                            # the random numbers differ by device
             x, y = gpicl.training_batch(blobs, step, settings, "fp32")
-            loss, _ = gpicl.update(model, optimizers, x.to(place), y.to(place), 1e-3, "fp32", 1.0)
+            loss = gpicl.update(model, optimizers, x.to(place), y.to(place), step, settings, "fp32")
         losses.append(loss)
         weights.append(torch.cat([p.detach().cpu().flatten() for p in model.parameters()]))
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -20,8 +20,7 @@ def train(model, dataset, settings):
     for step in range(settings.STEPS):
         x, y = gpicl.draw_sequences(dataset, settings.BATCH_SIZE, settings, ("train", 0, step),
                                     settings.NUM_TASKS)
-        rate = gpicl.learning_rate(step, settings)
-        losses.append(gpicl.update(model, optimizers, x, y, rate, "fp32", 1.0)[0])
+        losses.append(gpicl.update(model, optimizers, x, y, step, settings, "fp32"))
     return losses
 
 
