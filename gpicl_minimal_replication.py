@@ -90,7 +90,7 @@ ARCHITECTURE = "transformer"  # lstm, outer_lstm, deltanet, mlp, vsml, vsml_free
 TOKEN_FORMAT = "pairs"       # pairs: (A x_i, A x_i-1, y_i-1); paper: (A x_i, y_i-1)
 COMPARE_IMAGES = True        # give attention the cosines between images (pairs only); or black box
 RIDGE_ATTENTION = True       # heads add a ridge regression of their values (if images are compared)
-GUIDED_START = True          # no cosines: start by comparing (paper: look back; lstm: class means)
+GUIDED_START = True          # no cosines: start by comparing (paper: look back; others: see there)
 ATTENTION_SCALE = 2.0        # start of the scale of the scores: from 2 to this over the heads
 OUTPUT_STD = 0.0             # first std of weights that write to the stream, times sqrt(inputs)
 MODEL_SIZE = 128             # width of the residual stream
@@ -262,7 +262,7 @@ def project_afresh(coordinates, settings, generator):
     Of the outputs that a model does not read one by one only inner products matter, so G G'. That
     has the law of L L' with L (n, n) lower triangular, of normal numbers below chi-distributed ones
     (Bartlett 1933; chi as by Wilson and Hilferty 1931): n numbers say of each image what P -
-    outputs_read did, and x is (B, T, outputs_read + n) where that is fewer than P.
+    outputs_read did, and x is (B, T, outputs_read + n) where that is fewer than P by 100.
     """
     (B, _, n), P, read = coordinates.shape, settings.PROJECTION_SIZE, outputs_read(settings)
     width = P if P < read + n + 100 else read + n
@@ -861,9 +861,8 @@ def update(model, optimizers, x, y, step, settings, precision):
     size = nn.utils.clip_grad_norm_(model.parameters(), settings.GRADIENT_CLIP)
     loss = loss.item()
     if not math.isfinite(loss + size.item()):
-        raise UserError(f"the loss or its gradient is not finite at step {step + 1}; what was saved"
-                        " before is kept. Try a lower --LEARNING_RATE than "
-                        f"{settings.LEARNING_RATE:g}, or --PRECISION=fp32.")
+        raise UserError(f"the loss or its gradient is not finite at step {step + 1}; try a lower "
+                        f"--LEARNING_RATE than {settings.LEARNING_RATE:g}, or --PRECISION=fp32.")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
@@ -891,13 +890,12 @@ def learning_steps(model, optimizers, dataset, settings, precision, first=0):
     rank, world = processes()
     learner = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     for step in range(first, settings.STEPS):
-        began = time.time()
+        began = clock(dataset.x.device)
         x, y = training_batch(dataset, step, settings, precision)
-        synchronize(dataset.x.device)
-        drawn = time.time()
+        drawn = clock(dataset.x.device)
         mine = x[rank::world], y[rank::world]
         loss = update(learner, optimizers, *mine, step, settings, precision)
-        yield step + 1, loss, time.time() - began, drawn - began
+        yield step + 1, loss, clock(dataset.x.device) - began, drawn - began
 
 
 def resume(path, settings, model, optimizers=()):
@@ -1189,7 +1187,7 @@ class InContextClassifier:
         """Take examples as the context: X (n, ...), numbers of any shape; y (n,), any labels."""
         x = as_rows(X)
         y = as_labels(y, len(x))
-        if self.scaling not in ("auto", "shared", "centred", "columns"):
+        if str(self.scaling) not in ("auto", "shared", "centred", "columns"):
             raise UserError(f"scaling is {self.scaling!r}; expected auto, shared, centred or "
                             "columns.")
         self.classes_, first, numbers = class_numbers(y, "y")
@@ -1225,8 +1223,7 @@ class InContextClassifier:
             raise UserError("this classifier has no examples yet; call fit(X, y) first.")
         x, context = as_rows(X), scaled(self.examples_[0], *self.scale_)
         if x.shape[1] != self.n_features_in_:
-            raise UserError(f"X has {x.shape[1]} features; the examples have "
-                            f"{self.n_features_in_}.")
+            raise UserError(f"X has {x.shape[1]} features, the examples {self.n_features_in_}.")
         if not isinstance(self.n_ensemble, (int, np.integer)) or self.n_ensemble < 1:
             raise UserError(f"n_ensemble is {self.n_ensemble!r}; expected 1 or more.")
         x, network, n = scaled(x, *self.scale_), self.network_, min(len(context), MAX_CONTEXT)
@@ -1268,8 +1265,9 @@ class InContextClassifier:
         if not hasattr(self, "examples_"):
             raise UserError("this classifier has no examples yet; call fit(X, y) first.")
         labels = [np.asarray(label).item() for label in self.examples_[1]]
-        if not all(isinstance(label, (str, int, float)) for label in labels):
-            raise UserError(f"labels like {labels[0]!r} can't be saved; use words or numbers.")
+        if self.classes_.dtype.kind in "mM" or not all(
+                isinstance(label, (str, int, float)) for label in labels):
+            raise UserError(f"labels like {self.classes_[0]} can't be saved; use words or numbers.")
         params = {name: np.asarray(value).item()         # NumPy's numbers would not load
                   for name, value in self.get_params().items() if name != "model"}
         state = dict(params={**params, "scaling": self.scaling_}, x=self.examples_[0], y=labels)
@@ -1289,7 +1287,8 @@ class InContextClassifier:
 def as_rows(X):
     """Return X (n, ...) as numbers (n, features) on the CPU; raise UserError for anything else."""
     try:
-        x = X.detach().cpu().double().numpy() if isinstance(X, torch.Tensor) else np.asarray(X)
+        x = np.asarray(X.detach().cpu().to(torch.promote_types(X.dtype, torch.float64)) if
+                       isinstance(X, torch.Tensor) else X)             # NumPy has no bfloat16
         if x.dtype.kind == "c":
             raise TypeError("they are complex")
         x = x.astype(np.float64)
@@ -1339,8 +1338,7 @@ def class_numbers(y, name, most=C):
     if (kinds != kinds).any():
         raise UserError(f"{name}: row {first[kinds != kinds][0] + 1} has NaN for a label.")
     if not 2 <= len(kinds) <= most:
-        raise UserError(f"{name}: {len(kinds)} classes; this model tells 2 to {most} classes "
-                        "apart.")
+        raise UserError(f"{name}: {len(kinds)} classes; this model tells 2 to {most} apart.")
     return kinds, first, numbers
 
 
@@ -1434,7 +1432,6 @@ def render_characters(characters, n, seed):
                                            stroke_width=stroke)
                 drawn.append(np.asarray(image))
     drawn = torch.tensor(np.array(drawn)).view(-1, len(characters), 56, 56)
-
     g = torch.Generator().manual_seed(seed)
     style = torch.randint(len(drawn), (n,), generator=g)
     label = torch.randint(len(characters), (n,), generator=g)
@@ -1502,13 +1499,13 @@ def number(text):
         return None
 
 
-def read_csv(path, label_column, features=None):
+def read_csv(path, label_column, features=None, names=None):
     """Return x (n, features), labels (n,) and the features' names of a .csv file.
 
-    A first line with a word in another column than the labels' is a header, or one of 0, 1, 2 ...;
-    without there are no names: None. The labels are in the column `label_column`: "last", a name in
-    a header (numbers are names in one of 0, 1, 2 ... only), or its number from 1. With as many
-    columns as `features` there are none: None.
+    A first line with a word in another column than the labels' is a header, or one of 0, 1, 2 ...
+    (of a test, where `features` are so many: of the same `names`); without, names are None. The
+    labels are in the column `label_column`: "last", a name in a header (numbers are names in one of
+    0, 1, 2 ... only), or its number from 1. With as many columns as `features` they are None.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -1529,7 +1526,7 @@ def read_csv(path, label_column, features=None):
         raise UserError(f"{path} has {width} columns; expected {features}, as many as the examples "
                         "have features, and perhaps one of labels.")
     labelled, counted = width != features, [number(cell) for cell in first] == [*range(width)]
-    named = label_column in first and (counted or not label_column.isdecimal())
+    named = label_column in set(first) - {"last"} and (counted or not label_column.isdecimal())
     if labelled and named:
         place = first.index(label_column)
     elif labelled and label_column != "last":
@@ -1538,8 +1535,10 @@ def read_csv(path, label_column, features=None):
                             f"{', '.join(first)[:200]}.")
         place = int(label_column) - 1
     columns = [i for i in range(width) if not (labelled and i == place)]
-    head = [number(first[i]) for i in columns]
-    header = None in head or named or len(head) > 1 and head == [*range(len(head))]
+    words, head = [first[i] for i in columns], [number(first[i]) for i in columns]
+    numbered = len(head) > 1 and head == [*range(len(head))] and (
+        counted or number(first[place]) is None)
+    header = None in head or named or (numbered if features is None else words == names)
     if header and "" in first:
         raise UserError(f"{path}: column {first.index('') + 1} has no name in the first line; if "
                         "it only numbers the rows, leave it out (pandas: index=False).")
@@ -1556,14 +1555,13 @@ def read_csv(path, label_column, features=None):
     values = [number(label) for label in labels]
     if None not in values and all(v.is_integer() and abs(v) < 2**53 for v in values):
         labels = [int(value) for value in values]        # "1" and "1.0" are one class
-    names = [first[i] for i in columns] if header else None
-    return np.array(x), np.array(labels) if labelled else None, names
+    return np.array(x), np.array(labels) if labelled else None, words if header else None
 
 
-def read_examples(path, label_column, features=None):
+def read_examples(path, label_column, features=None, names=None):
     """Return x, labels and feature names of a .csv or .npz file; None for what it lacks."""
     if not str(path).endswith(".npz"):
-        return read_csv(path, label_column, features)
+        return read_csv(path, label_column, features, names)
     x, y = npz_arrays(path, labels=features is None)
     if y is not None and y.dtype.kind == "f" and (abs(y) < 2**53).all() and (y % 1 == 0).all():
         y = y.astype(np.int64)                           # 1.0 and 1 are one class, as in a .csv
@@ -1784,8 +1782,8 @@ def check_settings(s):
             raise UserError(f"{name} is {value!r}; expected a value like {default!r}.")
         if type(default) is int and value < least:
             raise UserError(f"{name} is {value}; expected {least} or more.")
-        if type(default) is float and not 0 <= value < math.inf:
-            raise UserError(f"{name} is {value}; expected a number of 0 or more.")
+        if type(default) is float and not 0 <= value <= 1e30:
+            raise UserError(f"{name} is {value}; expected a number from 0 to 1e30.")
     for name in ("BIASED_FRACTION", "DECAY_FRACTION", "ADAM_BETA2"):
         if getattr(s, name) > 1:
             raise UserError(f"{name} is {getattr(s, name)}; expected a share from 0 to 1.")
@@ -1865,10 +1863,11 @@ def cpu_info():
     return file.read_text() if file.exists() else ""
 
 
-def synchronize(device):
-    """Wait for the device, so that a clock read next tells the truth."""
+def clock(device):
+    """Return the seconds on a clock, once the device has done what it was told to."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
+    return time.perf_counter()
 
 
 def machine(device):
@@ -1916,11 +1915,9 @@ def matmul_rate(device, precision, size=2048):
     """Return the FLOP/s of large square matrix products: the best of ten, for comparison."""
     a, best = torch.randn(size, size, device=device).to(DTYPES[precision]), math.inf
     for _ in range(10):
-        synchronize(device)
-        began = time.perf_counter()
+        began = clock(device)
         a @ a
-        synchronize(device)
-        best = min(best, time.perf_counter() - began)
+        best = min(best, clock(device) - began)
     return 2 * size**3 / best
 
 
@@ -2164,7 +2161,10 @@ def one_run(job):
     data = data_of_runs(device, **{key: values[key] for key in (
         "TRAIN_DATASET", "EVAL_DATASETS", "IMAGE_SIZE", "VALIDATION_IMAGES", "NUM_EXAMPLES",
         "DATA_DIR")})
-    rows = EXPERIMENTS[name].measure(settings, data, precision)
+    try:
+        rows = EXPERIMENTS[name].measure(settings, data, precision)
+    except UserError as error:
+        raise UserError(f"{error} (in the run {cell})") from error
     return dict(cell=cell, rows=rows, seconds=time.time() - began)
 
 
@@ -2219,9 +2219,8 @@ def sweep(name, settings, flags):
     records = [done[json.dumps(run)] for run in runs]
     rows = [{**record["cell"], **row} for record in records for row in record["rows"]]
     tell(name, rows, results, log, dict(
-        experiment=name, runs=len(runs), settings=common,
-        run_seconds=sum(record["seconds"] for record in records),
-        **provenance(device, precision)))
+        experiment=name, runs=len(runs), settings=common, **provenance(device, precision),
+        run_seconds=sum(record["seconds"] for record in records)))
 
 
 def tell(name, rows, folder, log, facts):
@@ -2842,6 +2841,8 @@ def run(preset, settings):
             log(*result_table(json.loads(report.read_text())),
                 f"\nThis run was finished before. To make it afresh, delete {folder}")
             return
+    if not (rank or final.exists() or folder.samefile(Path(__file__).parent)):
+        shutil.copyfile(__file__, folder / Path(__file__).name)        # now: it may be edited
     progress = resume(final, settings, model) or meta_train(
         model, training, validation, settings, folder, precision, log)
     if rank:
@@ -2851,8 +2852,6 @@ def run(preset, settings):
         Path(source).resolve()) if source.endswith(".npz") else source, device=device.type)
     for done in folder.glob("checkpoint*.pt"):           # and what a kill left half written
         done.unlink(missing_ok=True)
-    with contextlib.suppress(shutil.SameFileError):      # it may be the copy that runs
-        shutil.copyfile(__file__, folder / Path(__file__).name)
     test_and_report(model, tests, settings, precision, folder, log, began, dict(
         trained_on=training.name, preset=preset, processes=world, steps=progress["step"],
         **speed(model, training, settings, progress, precision, log), progress=progress["rows"]))
@@ -2866,11 +2865,10 @@ def test_and_report(model, tests, settings, precision, folder, log, began, facts
         curves, error = evaluate(model, dataset, settings, precision, num_tasks)
         data_sets[row] = dict(classes=dataset.classes, calibration_error=error, curves=curves,
                               paper=PAPER.get(row, {}) if comparable else {})
-    results = dict(
-        **facts, settings=vars(settings), data_sets=data_sets,
-        context_lengths=context_lengths(settings), **provenance(device, precision),
-        parameters=sum(p.numel() for p in model.parameters()),
-        evaluation_seconds=time.time() - trained)
+    results = dict(**facts, settings=vars(settings), data_sets=data_sets,
+                   context_lengths=context_lengths(settings), **provenance(device, precision),
+                   parameters=sum(p.numel() for p in model.parameters()),
+                   evaluation_seconds=time.time() - trained)
     columns = "examples", "accuracy", "low", "high"
     write_csv(folder / "curves.csv", [["data_set", "learner", *columns]] + [
         [row, learner, *point] for row, entry in data_sets.items()
@@ -2918,7 +2916,8 @@ def classify(settings):
     path = newest_checkpoint(settings)
     x, y, names = read_examples(settings.TRAIN_FILE, settings.LABEL_COLUMN)
     features = as_rows(x).shape[1]
-    rows, labels, others = read_examples(settings.TEST_FILE, settings.LABEL_COLUMN, features)
+    rows, labels, others = read_examples(
+        settings.TEST_FILE, settings.LABEL_COLUMN, features, names)
     if names and others and names != others:
         raise UserError(f"the columns of TEST_FILE ({', '.join(others)}) are not those of "
                         f"TRAIN_FILE ({', '.join(names)}), in their order.")

@@ -229,7 +229,8 @@ def test_saved_and_loaded_it_predicts_the_same(model_file, tmp_path, kind):
     (np.eye(2), [[0], [0, 1]], "can't be read, one per row"),
     (np.eye(3), [0, 1, np.nan], "row 3 has NaN for a label"),
     (np.eye(2), torch.zeros(2, dtype=torch.bfloat16), "can't be read, one per row"),
-    (np.eye(12), range(12), "12 classes; this model tells 2 to 10 classes apart"),
+    (torch.zeros(3, 2, dtype=torch.complex64), [0, 1, 0], "they are complex"),
+    (np.eye(12), range(12), "12 classes; this model tells 2 to 10 apart"),
     (np.eye(3), [1, 1, 1], "1 classes"),
     (np.array([[1, 2], [2, np.nan]]), [0, 1], "NaN, infinite or huge numbers, first in row 2"),
     ([["red", 1], ["blue", 2]], [0, 1], "can't be read as an array of numbers"),
@@ -247,7 +248,7 @@ def test_bad_use_is_refused(model, tmp_path):
         InContextClassifier(model).predict(X)
     with pytest.raises(UserError, match="has no examples yet"):
         InContextClassifier(model).save(tmp_path / "c.pt")
-    with pytest.raises(UserError, match="X has 5 features; the examples have 6"):
+    with pytest.raises(UserError, match="X has 5 features, the examples 6"):
         InContextClassifier(model).fit(X, y).predict(X[:, :5])
     with pytest.raises(UserError, match="expected auto, shared, centred"):
         InContextClassifier(model, scaling="wide").fit(X, y)
@@ -261,6 +262,8 @@ def test_bad_use_is_refused(model, tmp_path):
         InContextClassifier(model).fit(X, y).save(tmp_path / "no" / "c.pt")
     with pytest.raises(UserError, match="can't be saved; use words or numbers"):
         InContextClassifier(model).fit(X, y.astype("M8[D]")).save(tmp_path / "c.pt")
+    with pytest.raises(UserError, match="labels like 1970-01-01.* can't be saved"):
+        InContextClassifier(model).fit(X, y.astype("M8[ns]")).save(tmp_path / "c.pt")
     with pytest.raises(UserError, match="there is no checkpoint"):
         InContextClassifier("nowhere/model.pt").fit(X, y)
     paper = gpicl.InContextModel(gpicl.default_settings(**TINY, TOKEN_FORMAT="paper"))
@@ -356,6 +359,17 @@ def test_classify_from_csv_files(model_file, tmp_path, capsys, monkeypatch):
     # pandas' own names for columns are a header: 0, 1, 2 ...
     pandas = write(tmp_path / "pandas.csv", [[*range(6), "kind"], *rows[:40]])
     assert gpicl.read_examples(pandas, "last")[0].shape == (40, 6)
+
+    # but not the first row of a test, nor 0, 1, 2 ... that a number follows
+    two = write(tmp_path / "two.csv", [[0, 1, 1], [1, 0, 0], [1, 1, 1]])
+    assert gpicl.read_examples(two, "last")[0].tolist() == [[0, 1], [1, 0], [1, 1]]
+    two = write(tmp_path / "two.csv", [[0, 1], [1, 0]])
+    assert gpicl.read_examples(two, "last", features=2)[0].tolist() == [[0, 1], [1, 0]]
+    assert gpicl.read_examples(two, "last", 2, ["0", "1"])[0].tolist() == [[1, 0]]
+
+    # nor is "last", which a column may be called
+    last = write(tmp_path / "last.csv", [["last", "kind"], [0, 5], [1, 6]])
+    assert gpicl.read_examples(last, "last")[1].tolist() == [5, 6]
 
     # a number for the labels' column is no name, though the first row may hold it
     counted = write(tmp_path / "counted.csv", [[2, 5, 1, 8], [1, 6, 2, 7], [2, 4, 3, 9]])

@@ -142,6 +142,7 @@ def test_a_stopped_sweep_says_so_and_keeps_its_runs(number, rendered_dir, tmp_pa
     (["phases", "--CHECKPOINT=a.pt"],
      "phases does not read CHECKPOINT; these do: evaluate, classify."),
     (["phases", "--MODEL_SIZE=31"], "multiple of NUM_HEADS"),
+    (["phases", "--LEARNING_RATE=1e30"], "(in the run {'ARCHITECTURE': 'transformer',"),
     (["features", "--SHOTS=many"], "and numbers of examples such as 1,5"),
     (["features", "--WAYS=30"], "at most 10 ways"),
     (["features", "--SHOTS=1", "--IMAGE_SIZE=3"],

@@ -127,8 +127,9 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(number, tiny_
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     step = int(output.split("Stopped after step ")[1].split(";")[0])
-    saved = gpicl.load_checkpoint(next((tmp_path / "runs").glob("*/checkpoint.pt")))
-    assert saved["progress"]["step"] == step
+    path = next((tmp_path / "runs").glob("*/checkpoint.pt"))
+    assert gpicl.load_checkpoint(path)["progress"]["step"] == step
+    assert (path.parent / SCRIPT.name).read_bytes() == SCRIPT.read_bytes()     # what trains
 
 
 def test_a_signal_in_the_last_step_stops_before_the_test(tiny_flags, tmp_path, capsys, monkeypatch):
