@@ -2842,7 +2842,8 @@ def run(preset, settings):
                 f"\nThis run was finished before. To make it afresh, delete {folder}")
             return
     if not (rank or final.exists() or folder.samefile(Path(__file__).parent)):
-        shutil.copyfile(__file__, folder / Path(__file__).name)        # now: it may be edited
+        with replacing(folder / Path(__file__).name) as temporary:     # now: it may be edited
+            shutil.copyfile(__file__, temporary)
     progress = resume(final, settings, model) or meta_train(
         model, training, validation, settings, folder, precision, log)
     if rank:

@@ -327,18 +327,20 @@ def test_broken_and_foreign_checkpoints(tiny_flags, tmp_path, fails):
     assert "not a checkpoint of this version of the program." in other
 
 
-def test_a_full_disk_gets_a_clear_sentence(tiny_flags, tmp_path):
+@pytest.mark.parametrize("limit", [20_000, 400_000])     # less than the source, than the model
+def test_a_full_disk_gets_a_clear_sentence(limit, tiny_flags, tmp_path):
     """A limit on the size of files stands for the disk; without it the same command goes on."""
     pytest.importorskip("resource")
-    flags = tiny_flags(STEPS=3)
+    flags = tiny_flags(STEPS=3, MODEL_SIZE=128)
     command = [sys.executable, "-c", "import resource, sys, gpicl_minimal_replication as g\n"
-               "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+               f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
                "sys.exit(g.main(sys.argv[1:]))", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "can't write" in done.stderr and "room on its disk" in done.stderr
     folder = next((tmp_path / "runs").iterdir())
-    assert not list(folder.glob("*.pt"))                 # nothing half written
+    assert {path.name for path in folder.iterdir()} <= {"log.txt", SCRIPT.name}    # none by half
+    assert (limit > 20_000) == (folder / SCRIPT.name).exists()
     assert gpicl.main(flags) == 0 and (folder / "model.pt").exists()
 
 
