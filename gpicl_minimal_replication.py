@@ -861,8 +861,9 @@ def update(model, optimizers, x, y, step, settings, precision):
     size = nn.utils.clip_grad_norm_(model.parameters(), settings.GRADIENT_CLIP)
     loss = loss.item()
     if not math.isfinite(loss + size.item()):
-        raise UserError(f"the loss or its gradient is not finite at step {step + 1}; try a lower "
-                        f"--LEARNING_RATE than {settings.LEARNING_RATE:g}, or --PRECISION=fp32.")
+        raise UserError(f"the loss or its gradient is not finite at step {step + 1}; what was saved"
+                        " before is kept. Try a lower --LEARNING_RATE than "
+                        f"{settings.LEARNING_RATE:g}, or --PRECISION=fp32.")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
@@ -888,13 +889,12 @@ def learning_steps(model, optimizers, dataset, settings, precision, first=0):
     Under torchrun every process draws the whole batch and learns from its share of it.
     """
     rank, world = processes()
-    learner = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     for step in range(first, settings.STEPS):
         began = clock(dataset.x.device)
         x, y = training_batch(dataset, step, settings, precision)
         drawn = clock(dataset.x.device)
-        mine = x[rank::world], y[rank::world]
-        loss = update(learner, optimizers, *mine, step, settings, precision)
+        loss = update(model, optimizers, x[rank::world], y[rank::world], step, settings, precision)
         yield step + 1, loss, clock(dataset.x.device) - began, drawn - began
 
 
@@ -930,11 +930,12 @@ def meta_train(model, dataset, validation, settings, folder, precision, log):
             progress["step"] = step
             progress["seconds"] += seconds
             progress["drawing_seconds"] += drawing
+            rate = learning_rate(step - 1, settings)
             bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{loss:.3f}", rate=f"{rate:.1e}", refresh=False)
             done = step == settings.STEPS
             if rank == 0 and (done or step % settings.ROW_EVERY == 0):
-                n, rate = settings.ROW_SEQUENCES, learning_rate(step - 1, settings)
+                n = settings.ROW_SEQUENCES
                 hits, *_ = count_hits(model, validation, n, settings, precision)
                 progress["rows"].append(dict(step=step, seconds=progress["seconds"], loss=loss,
                                              rate=rate, accuracy=(hits["in-context"] / n).tolist()))
@@ -1111,9 +1112,8 @@ def evaluate(model, dataset, settings, precision, num_tasks=0):
                             low=low.tolist(), high=high.tolist(), sequences=n)
     batches = zip(logits.split(EVAL_BATCH), y.split(EVAL_BATCH))         # all at once need a GiB
     t = torch.cat([context_temperature(a[:, :-1], b[:, :-1]) for a, b in batches])[:, None]
-    last = logits[:, -1]
-    return curves, dict(raw=calibration_error(last.softmax(1), y[:, -1]),
-                        fitted=calibration_error((last / t).softmax(1), y[:, -1]))
+    return curves, {kind: calibration_error((logits[:, -1] / by).softmax(1), y[:, -1])
+                    for kind, by in (("raw", 1), ("fitted", t))}
 
 
 def context_temperature(logits, y, prior=0.2):
@@ -1525,9 +1525,11 @@ def read_csv(path, label_column, features=None, names=None):
     if features is not None and width - features not in (0, 1):
         raise UserError(f"{path} has {width} columns; expected {features}, as many as the examples "
                         "have features, and perhaps one of labels.")
-    labelled, counted = width != features, [number(cell) for cell in first] == [*range(width)]
-    named = label_column in set(first) - {"last"} and (counted or not label_column.isdecimal())
-    if labelled and named:
+    labelled, numbers = width != features, [number(cell) for cell in first]
+    counted = numbers == [*range(width)] and (features is None or names is not None)
+    named = labelled and label_column in set(first) - {"last"} and (
+        counted or not label_column.isdecimal())
+    if named:
         place = first.index(label_column)
     elif labelled and label_column != "last":
         if not label_column.isdecimal() or not 0 < int(label_column) <= width:
@@ -1535,9 +1537,8 @@ def read_csv(path, label_column, features=None, names=None):
                             f"{', '.join(first)[:200]}.")
         place = int(label_column) - 1
     columns = [i for i in range(width) if not (labelled and i == place)]
-    words, head = [first[i] for i in columns], [number(first[i]) for i in columns]
-    numbered = len(head) > 1 and head == [*range(len(head))] and (
-        counted or number(first[place]) is None)
+    words, head = [first[i] for i in columns], [numbers[i] for i in columns]
+    numbered = len(head) > 1 and head == [*range(len(head))] and (counted or numbers[place] is None)
     header = None in head or named or (numbered if features is None else words == names)
     if header and "" in first:
         raise UserError(f"{path}: column {first.index('') + 1} has no name in the first line; if "
@@ -2917,10 +2918,9 @@ def classify(settings):
     path = newest_checkpoint(settings)
     x, y, names = read_examples(settings.TRAIN_FILE, settings.LABEL_COLUMN)
     features = as_rows(x).shape[1]
-    rows, labels, others = read_examples(
-        settings.TEST_FILE, settings.LABEL_COLUMN, features, names)
-    if names and others and names != others:
-        raise UserError(f"the columns of TEST_FILE ({', '.join(others)}) are not those of "
+    rows, labels, other = read_examples(settings.TEST_FILE, settings.LABEL_COLUMN, features, names)
+    if names and other and names != other:
+        raise UserError(f"the columns of TEST_FILE ({', '.join(other)}) are not those of "
                         f"TRAIN_FILE ({', '.join(names)}), in their order.")
     classifier = InContextClassifier(path, settings.N_ENSEMBLE, random_state=settings.SEED)
     probabilities = classifier.fit(x, y).predict_proba(rows)

@@ -366,6 +366,9 @@ def test_classify_from_csv_files(model_file, tmp_path, capsys, monkeypatch):
     two = write(tmp_path / "two.csv", [[0, 1], [1, 0]])
     assert gpicl.read_examples(two, "last", features=2)[0].tolist() == [[0, 1], [1, 0]]
     assert gpicl.read_examples(two, "last", 2, ["0", "1"])[0].tolist() == [[1, 0]]
+    assert gpicl.read_examples(two, "1", 2)[0].tolist() == [[0, 1], [1, 0]]
+    x, labels, words = gpicl.read_examples(two, "1", 1)  # as the examples: labels first, no header
+    assert labels.tolist() == [0, 1] and x[:, 0].tolist() == [1, 0] and words is None
 
     # nor is "last", which a column may be called
     last = write(tmp_path / "last.csv", [["last", "kind"], [0, 5], [1, 6]])
