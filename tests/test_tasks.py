@@ -171,3 +171,24 @@ def test_biased_fraction_shares_one_permutation(blobs, tiny):
     chosen = gpicl.draw_images(blobs, 10, 50, gpicl.stream("cpu", "k"))
     same = (y == blobs.y[chosen]).all(1)
     assert same[:9].all() and not same[9]
+
+
+def test_fixed_tasks_are_those_of_draw_task_and_of_the_seed(blobs, tiny):
+    x, y = gpicl.draw_sequences(blobs, 1, tiny(SEED=3, NUM_EXAMPLES=100), ("k",), num_tasks=1)
+    chosen = gpicl.draw_images(blobs, 1, 100, gpicl.stream("cpu", "k"))[0]
+    projection, rho = gpicl.draw_task(3, 0, 40, 32, "cpu")
+    assert torch.allclose(x[0], blobs.x[chosen] @ projection.T, atol=1e-5)
+    assert torch.equal(y[0], rho[blobs.y[chosen]])
+    assert len({tuple(gpicl.draw_task(3, i, 40, 8, "cpu")[1].tolist()) for i in range(9)}) == 9
+
+
+def test_every_image_has_its_turn(blobs):
+    few = blobs._replace(y=blobs.y[:23])
+    assert len(gpicl.draw_images(few, 100, 12, gpicl.stream("cpu", 0)).unique()) == 23
+
+
+def test_a_training_batch_follows_seed_tasks_and_biased_fraction(blobs, tiny):
+    for change in (dict(SEED=1), dict(NUM_TASKS=4), dict(BIASED_FRACTION=0.5)):
+        (x, y), (other_x, other_y) = (gpicl.training_batch(blobs, 0, s, "fp32")
+                                      for s in (tiny(), tiny(**change)))
+        assert not (torch.equal(x, other_x) and torch.equal(y, other_y)), change

@@ -177,6 +177,19 @@ def test_not_finite_loss_stops_with_a_sentence_and_keeps_the_checkpoint(
     assert all(value.isfinite().all() for value in saved["model"].values())
 
 
+def test_a_model_that_the_last_step_spoils_is_not_kept(tiny_flags, fails, tmp_path, monkeypatch):
+    true_update = gpicl.update
+
+    def spoiling(model, *rest):
+        loss = true_update(model, *rest)
+        model.head.weight.data.fill_(np.inf)
+        return loss
+
+    monkeypatch.setattr(gpicl, "update", spoiling)
+    assert "logits are not finite" in fails(tiny_flags(STEPS=1))
+    assert not [*(tmp_path / "runs").glob("*/*.pt")]
+
+
 def test_two_processes_do_what_one_does_and_go_on_after_a_stop(tiny_flags, tmp_path):
     """torchrun with gloo: the same weights to float tolerance; a stopped run ends the same."""
     steps = dict(STEPS=30, ROW_EVERY=30, PRECISION="fp32", LEARNING_RATE=1e-3)
@@ -224,3 +237,30 @@ def test_real_mnist_passes_the_classical_level_within_150_steps(real_data, tmp_p
              if "@99: " in line}
     assert found["MNIST"] > 60 and found["FashionMNIST"] > 55
     assert "GPICL 73.7" in done.stdout
+
+
+def test_optimizers_get_their_settings(tiny):
+    settings = tiny(ADAM_BETA2=0.9, ADAM_EPSILON=1e-3, WEIGHT_DECAY=0.2)
+    adam, muon = gpicl.make_optimizers(gpicl.InContextModel(settings), settings, "fp32")
+    group = adam.param_groups[0]
+    assert group["betas"] == (0.9, 0.9) and group["eps"] == 1e-3
+    assert group["weight_decay"] == muon.param_groups[0]["weight_decay"] == 0.2
+
+
+def test_a_step_is_as_long_as_rate_and_clipped_gradient(tiny, blobs):
+    settings = tiny(GRADIENT_CLIP=1e-3, STEPS=100, WARMUP_STEPS=10, LEARNING_RATE=1.0)
+    model = gpicl.InContextModel(settings)
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().double()
+    x, y = gpicl.training_batch(blobs, 0, settings, "fp32")
+    gpicl.update(model, [torch.optim.SGD(model.parameters(), 9)], x, y, 4, settings, "fp32")
+    after = torch.nn.utils.parameters_to_vector(model.parameters()).detach().double()
+    assert (after - before).norm().item() == pytest.approx(0.5 * 1e-3, rel=0.01)
+
+
+def test_rows_of_the_progress_table_are_of_validation_images(tiny, blobs, tmp_path, monkeypatch):
+    asked, true_count = [], gpicl.count_hits
+    monkeypatch.setattr(gpicl, "count_hits", lambda model, dataset, *rest: (
+        asked.append(dataset.name), true_count(model, dataset, *rest))[1])
+    gpicl.meta_train(gpicl.InContextModel(tiny()), blobs, blobs._replace(name="validation"),
+                     tiny(), tmp_path, "fp32", lambda *texts: None)
+    assert set(asked) == {"validation"}
