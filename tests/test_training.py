@@ -70,7 +70,7 @@ def test_one_fixed_task_is_memorised_within_a_few_steps(form, tiny, blobs):
 
 
 def test_a_tiny_model_meta_learns_on_rendered_data(tiny, tmp_path):
-    """On unseen tasks, and on letters instead of digits, many examples beat few: intervals apart."""
+    """On unseen tasks, and on letters for digits, many examples beat few: intervals apart."""
     torch.manual_seed(0)
     settings = tiny(NUM_EXAMPLES=50, PROJECTION_SIZE=256, MODEL_SIZE=64, MLP_SIZE=128, STEPS=120,
                     BATCH_SIZE=16, EVAL_SEQUENCES=1024, DATA_DIR=str(tmp_path), WARMUP_STEPS=10)
