@@ -51,7 +51,6 @@ import sys
 import threading
 import time
 import zipfile
-from collections import Counter
 from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,8 +172,7 @@ MODELS = dict(transformer="Transformer", lstm="LSTM", outer_lstm="outer-product 
               deltanet="gated DeltaNet", mlp="MLP", vsml="VSML", vsml_free="VSML, not symmetric",
               maml="MAML")
 CHOICES = dict(DEVICE=("auto", "cuda", "mps", "cpu"), PRECISION=("auto", "bf16", "fp32"),
-               TOKEN_FORMAT=("pairs", "paper"), OPTIMIZER=("muon", "adamw"),
-               ARCHITECTURE=tuple(MODELS))
+               TOKEN_FORMAT=("pairs", "paper"), OPTIMIZER=("muon", "adamw"), ARCHITECTURE=[*MODELS])
 # The paper's table: accuracy on the 100th example after 99, meta-trained on MNIST.
 PAPER = {
     "MNIST": {"GPICL": 73.70, "SGD": 70.31, "MAML": 53.71, "VSML": 79.04, "LSTM": 25.39},
@@ -1050,8 +1048,7 @@ def predictions(model, dataset, n_sequences, settings, precision, num_tasks=0, l
     for x, y in evaluation_batches(dataset, n_sequences, settings, num_tasks):
         logits, y = logits_of(model, x, y, precision).cpu(), y.cpu()
         if (~logits.isfinite()).any():
-            raise UserError("the model's logits are not finite; train it again with a lower "
-                            "--LEARNING_RATE, or with --PRECISION=fp32.")
+            raise UserError("logits are not finite; try a lower LEARNING_RATE or PRECISION=fp32.")
         found = {"in-context": logits.argmax(-1)}
         if len(lengths):
             gram = (x @ x.mT).cpu()
@@ -1946,10 +1943,9 @@ def log_to(path, silent=False):
     """Return a function that prints texts beside the progress bar and keeps them in a file."""
     def log(*texts):
         for text in () if silent else texts:
-            with tqdm.external_write_mode(), open(
-                    path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            with tqdm.external_write_mode(), open(path, "ab") as file:
                 print(text, flush=True)
-                file.write(text + "\n")
+                file.write(f"{text}\n".encode(errors="backslashreplace"))
     return log
 
 
@@ -2091,8 +2087,7 @@ def draw_curves(rows, panel, x, y, by, title, unit=100, digits=1):
     """
     if not rows:
         return []
-    marks = values_of(rows, x)
-    numeric = not any(isinstance(mark, str) for mark in marks)
+    marks, numeric = values_of(rows, x), not any(isinstance(row[x], str) for row in rows)
     marks = sorted(marks) if numeric else marks
     table = [["", *map(str, marks)]]
     for color, kind in enumerate(values_of(rows, by)):
@@ -2200,8 +2195,7 @@ def sweep(name, settings, flags):
     folder = run_folder(settings, name, training.name, sorted(tests), device.type, precision,
                         sorted(common.items()))
     results = make_folder(Path(settings.RESULTS_DIR), "RESULTS_DIR")
-    log = log_to(folder / "log.txt")
-    threads = torch.get_num_threads()
+    log, threads = log_to(folder / "log.txt"), torch.get_num_threads()
     done = read_runs(folder / "runs.jsonl")
     todo = [run for run in runs if json.dumps(run) not in done]
     workers = min(settings.WORKERS or (threads if device.type == "cpu" else 1), max(1, len(todo)))
@@ -2262,8 +2256,8 @@ def run_all(jobs, workers):
     if workers < 2:
         yield map(one_run, jobs)
         return
-    pool = futures.ProcessPoolExecutor(
-        workers, torch.multiprocessing.get_context("spawn"), begin_worker)
+    spawn = torch.multiprocessing.get_context("spawn")
+    pool = futures.ProcessPoolExecutor(workers, spawn, begin_worker)
     try:
         tasks = [pool.submit(one_run, job) for job in jobs]
         yield (task.result() for task in futures.as_completed(tasks))
@@ -2310,13 +2304,12 @@ def report_phases(rows, figure):
     grid, lines = figure.subplots(len(kinds), 3, squeeze=False), []
     for panels, ((architecture, token), label) in zip(grid, kinds.items()):
         mine = select(rows, ARCHITECTURE=architecture, TOKEN_FORMAT=token)
-        for size in sorted(values_of(mine, "MODEL_SIZE")):
+        for D in sorted(values_of(mine, "MODEL_SIZE")):
             panels[0].clear()                            # the widest is drawn
-            lines += draw_curves(
-                select(mine, MODEL_SIZE=size), panels[0], "NUM_TASKS", "improvement", "tested_on",
-                f"{label}, width {size}: improvement (points)")
+            lines += draw_curves(select(mine, MODEL_SIZE=D), panels[0], "NUM_TASKS", "improvement",
+                                 "tested_on", f"{label}, width {D}: improvement (points)")
             for kind in values_of(mine, "tested_on"):
-                found = [(n, *summary(select(mine, MODEL_SIZE=size, NUM_TASKS=n, tested_on=kind),
+                found = [(n, *summary(select(mine, MODEL_SIZE=D, NUM_TASKS=n, tested_on=kind),
                                       "improvement")) for n in values_of(mine, "NUM_TASKS")]
                 surely = [f"{n:,}" for n, mean, half in found if mean - half > 0.1]
                 lines.append(f"  {kind}: 95 % interval above 10 points with {', '.join(surely)} "
@@ -2398,11 +2391,11 @@ def report_plateau(rows, figure):
             continue
         lines += draw_curves(select(runs, left=True), None, "value", "length", "tested_on",
                              f"Length of the plateau (steps): {factor}", 1, 0)
-        stuck = Counter((row["value"], row["tested_on"]) for row in select(runs, left=False))
-        lines += [f"  not left within {cap} steps: {value}, {kind}, {n} runs"
-                  for (value, kind), n in stuck.items()]
-        values = values_of(runs, "value")
-        for color, kind in enumerate(values_of(runs, "tested_on")):
+        values, kinds = values_of(runs, "value"), values_of(runs, "tested_on")
+        lines += [f"  not left within {cap} steps: {value}, {kind}, {len(stuck)} runs"
+                  for value, kind in itertools.product(values, kinds)
+                  if (stuck := select(runs, value=value, tested_on=kind, left=False))]
+        for color, kind in enumerate(kinds):
             for left, marker, fill in ((True, "o", "full"), (False, "^", "none")):
                 some = select(runs, tested_on=kind, left=left)
                 panel.plot([values.index(row["value"]) + 0.15 * color for row in some],
@@ -2695,6 +2688,7 @@ SMALL = dict(IMAGE_SIZE=8, PROJECTION_SIZE=64, NUM_EXAMPLES=30, COMPARE_IMAGES=F
              RIDGE_ATTENTION=False, ATTENTION_SCALE=16.0, OUTPUT_STD=1.0, MODEL_SIZE=64,
              NUM_LAYERS=2, MLP_SIZE=128, BATCH_SIZE=64, STEPS=1000, LEARNING_RATE=3e-3,
              DECAY_FRACTION=0.3, EVAL_SEQUENCES=1024)
+AS_QUICK = dict(PROJECTION_SIZE=784, STEPS=600, EVAL_SEQUENCES=1024)     # what two others share
 EXPERIMENTS = {
     "phases": Experiment(
         "Memorising, identifying tasks, learning to learn: by number of training tasks",
@@ -2737,12 +2731,10 @@ EXPERIMENTS = {
         measure_table, report_table),
     "features": Experiment(
         "Few-shot classification of classes that nothing was trained on",
-        dict(PROJECTION_SIZE=784, STEPS=600, EVAL_SEQUENCES=1024), [{}], measure_features,
-        report_features),
+        AS_QUICK, [{}], measure_features, report_features),
     "algorithm": Experiment(
         "Which classical learner does the trained model act like?",
-        dict(PROJECTION_SIZE=784, STEPS=600, EVAL_SEQUENCES=1024), [{}], measure_algorithm,
-        report_algorithm),
+        AS_QUICK, [{}], measure_algorithm, report_algorithm),
 }
 
 

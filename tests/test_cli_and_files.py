@@ -461,7 +461,7 @@ def test_pep_723_block_equals_requirements():
 
 def test_lines_and_functions_are_short():
     lines = SCRIPT.read_text().splitlines()
-    assert max(map(len, lines)) <= 100 and len(lines) <= 3010
+    assert max(map(len, lines)) <= 100 and len(lines) <= 2999
     import ast
     for node in ast.walk(ast.parse(SCRIPT.read_text())):
         if isinstance(node, ast.FunctionDef):
