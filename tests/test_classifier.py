@@ -470,6 +470,7 @@ def test_classify_says_what_is_wrong(model_file, tmp_path, fails):
              "NaN, infinite or huge numbers, first in row 2"),
             ("ragged", [[1, 2, "a"], [3, "b"]], "line 2 has 2 values, the first has 3"),
             ("unlabelled", [[1, 2, "a"], [3, 2, ""]], "line 2 has no label in column 3"),
+            ("missing", [[1, 2, "a"], [3, 2, "nan"]], "line 2 has no label in column 3"),
             ("index", [["", "a", "kind"], [3, 2, "a"]], "column 1 has no name"),
             ("empty", [], "has 0 columns"),
             ("narrow", [[1], [2]], "has 1 columns; expected 2")):
