@@ -1302,7 +1302,8 @@ def as_rows(X):
         raise UserError(f"X has shape {x.shape}; expected at least one row, (n, ...).")
     if not (np.abs(x) < 1e30).all():
         row = int(np.argwhere(~(np.abs(x) < 1e30))[0][0])
-        raise UserError(f"X has NaN, infinite or huge numbers, first in row {row + 1}: drop them.")
+        raise UserError(f"X has NaN, infinite or huge numbers, first in row {row + 1}; fill in or "
+                        "drop them.")
     return torch.from_numpy(x.reshape(len(x), -1))
 
 
@@ -1313,7 +1314,8 @@ def as_labels(y, n):
     except (TypeError, ValueError) as error:
         raise UserError(f"the labels can't be read, one per row ({error}).") from None
     if y.shape != (n,):
-        raise UserError(f"there are {n} rows and labels of shape {y.shape}; expected one per row.")
+        raise UserError(f"there are {n} rows and labels of shape {y.shape}; expected one label per "
+                        "row.")
     return y
 
 
@@ -1738,7 +1740,8 @@ def read_settings(arguments):
     words, flags = [word for word in arguments if not word.startswith("-")], []
     known = [*PRESETS, *COMMANDS, *EXPERIMENTS]
     for word in [word for word in words if word not in known]:
-        raise UserError(f"unexpected word {word!r}{did_you_mean(word, known)} Flags: --NAME=value.")
+        raise UserError(f"unexpected word {word!r}{did_you_mean(word, known)} Settings are written "
+                        "as --NAME=value.")
     if len(words) > 1:
         raise UserError(f"{' and '.join(words)}: at most one preset or command is read.")
     first = words[0] if words else "default"
@@ -2049,11 +2052,6 @@ class Experiment(NamedTuple):
     report: Callable                       # (rows, figure) -> lines of the printed table
 
 
-def product(**axes):
-    """Return the settings of every combination of the values of some settings."""
-    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
-
-
 def student(freedom):
     """Return the 97.5 % quantile of Student's t distribution."""
     few = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -2087,7 +2085,8 @@ def draw_curves(rows, panel, x, y, by, title, unit=100, digits=1):
     """
     if not rows:
         return []
-    marks, numeric = values_of(rows, x), not any(isinstance(row[x], str) for row in rows)
+    marks = values_of(rows, x)
+    numeric = not any(isinstance(mark, str) for mark in marks)
     marks = sorted(marks) if numeric else marks
     table = [["", *map(str, marks)]]
     for color, kind in enumerate(values_of(rows, by)):
@@ -2703,14 +2702,15 @@ EXPERIMENTS = {
     "architectures": Experiment(
         "Accuracy against state and against parameters",
         dict(SMALL, BATCH_SIZE=32),                      # without a start some stay at chance
-        [*product(ARCHITECTURE=["transformer", "deltanet"], MODEL_SIZE=[32, 64, 128],
-                  GUIDED_START=[False]),
-         *product(ARCHITECTURE=["lstm"], MODEL_SIZE=[64, 128, 256], GUIDED_START=[True]),
+        [*(dict(ARCHITECTURE=name, MODEL_SIZE=D, GUIDED_START=False)
+           for name in ("transformer", "deltanet") for D in (32, 64, 128)),
+         *(dict(ARCHITECTURE="lstm", MODEL_SIZE=D, GUIDED_START=True) for D in (64, 128, 256)),
          *(dict(ARCHITECTURE="outer_lstm", MODEL_SIZE=D, NUM_HEADS=H, LEARNING_RATE=lr,
                 GUIDED_START=True) for D, H, lr in ((32, 2, 1e-3), (64, 4, 1e-3), (128, 4, 3e-4))),
-         *product(ARCHITECTURE=["vsml"], MODEL_SIZE=[64], CELL_SIZE=[4, 8], GUIDED_START=[False]),
-         *product(ARCHITECTURE=["vsml_free"], MODEL_SIZE=[12, 16], CELL_SIZE=[8],
-                  GUIDED_START=[True])],
+         *(dict(ARCHITECTURE="vsml", MODEL_SIZE=64, CELL_SIZE=n, GUIDED_START=False)
+           for n in (4, 8)),
+         *(dict(ARCHITECTURE="vsml_free", MODEL_SIZE=D, CELL_SIZE=8, GUIDED_START=True)
+           for D in (12, 16))],
         measure_architectures, report_architectures),
     "plateau": Experiment(
         "Length of the plateau: filled where it was left, hollow where it was not",
@@ -2790,7 +2790,8 @@ def load_tests(name, settings, device, notices):
             tests[f"{row}, seen tasks"] = dataset, settings.NUM_TASKS
         tests[row] = dataset, 0
     if not tests:
-        raise UserError("EVAL_DATASETS names no data set that can be had; MNIST would be one.")
+        raise UserError("EVAL_DATASETS names no data set that can be had; for example "
+                        "--EVAL_DATASETS=MNIST.")
     return tests
 
 

@@ -266,7 +266,7 @@ def test_saved_and_loaded_it_predicts_the_same(model_file, tmp_path, kind):
 
 @pytest.mark.parametrize("X, y, words", [
     (np.zeros((0, 3)), [], "at least one row"),
-    (np.eye(3), [0, 1], "expected one per row"),
+    (np.eye(3), [0, 1], "expected one label per row"),
     (np.eye(2), [[0], [0, 1]], "can't be read, one per row"),
     (np.eye(3), [0, 1, np.nan], "row 3 has NaN for a label"),
     (np.eye(2), torch.zeros(2, dtype=torch.bfloat16), "can't be read, one per row"),
