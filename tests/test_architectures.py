@@ -153,12 +153,20 @@ def test_vsml_is_blind_to_the_order_of_classes_and_inputs(tiny):
     assert seen.std().item() == pytest.approx(1, abs=0.2)
 
 
+def test_vsml_is_meta_trained_on_some_of_the_numbers_and_tested_on_all(tiny):
+    model = lively_model(tiny(ARCHITECTURE="vsml", READ_SIZE=8))
+    x, y = torch.randn(2, 12, 32), torch.randint(10, (2, 12))
+    with torch.no_grad():
+        every, some = model(x, y), model(x[..., :8], y)
+    assert torch.equal(model(x, y), some) and not torch.allclose(every, some, atol=1e-3)
+
+
 def test_vsml_equals_one_lstm_between_every_input_and_output(tiny):
     """torch's own LSTM cell, one for each pair (a, b), fed by hand."""
     torch.manual_seed(0)
     model = gpicl.VSML(tiny(ARCHITECTURE="vsml", CELL_SIZE=3))
     x, y = torch.randn(1, 5, 4), torch.randint(10, (1, 5))
-    model.inputs, n = 4, 3
+    n = 3
     cell = torch.nn.LSTMCell(4, n)                       # torch's order of gates: i, f, new, o
     order = torch.cat([torch.arange(n, 2 * n), torch.arange(n), torch.arange(3 * n, 4 * n),
                        torch.arange(2 * n, 3 * n)])
