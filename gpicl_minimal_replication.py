@@ -278,10 +278,11 @@ def project_afresh(coordinates, settings, generator):
 
 def draw_images(dataset, n_sequences, length, generator):
     """Return indices (B, T) of images: none twice within a sequence."""
-    n, used = len(dataset.y), len(dataset.y) // length * length
-    shuffles = [torch.randperm(n, generator=generator, device=dataset.y.device)[:used]
-                .view(-1, length) for _ in range(math.ceil(n_sequences * length / used))]
-    return torch.cat(shuffles)[:n_sequences]
+    n, device = len(dataset.y), dataset.y.device
+    chosen = torch.empty(n_sequences, length, dtype=torch.long, device=device)
+    for part in chosen.split(n // length):               # from one shuffle of all images
+        part.view(-1).copy_(torch.randperm(n, generator=generator, device=device)[:part.numel()])
+    return chosen
 
 
 def draw_sequences(dataset, n_sequences, settings, key, num_tasks=0, biased_fraction=0.0):
@@ -679,13 +680,12 @@ MIXERS = {"transformer": Attention, "mlp": None, "lstm": LSTM, "outer_lstm": Out
 class VSML(nn.Module):
     """Variable shared meta-learning (Kirsch and Schmidhuber 2021): weights that are tiny LSTMs.
 
-    Every input a and output b has between them an LSTM with a state of CELL_SIZE, all with the same
-    few parameters. It gets messages from its input and its output, and sends some back. "vsml": the
-    inputs are the numbers of A x_i, the outputs are the classes, so that other orders of either
-    make no difference: the symmetries of a learning algorithm are built in. They are free in
-    number, too: meta-training is on READ_SIZE inputs, which is quicker, meta-test on all.
-    "vsml_free": learnt matrices before the inputs and after the outputs break the symmetries (as in
-    the paper); with GUIDED_START they start as a random projection and as identities.
+    Between every input a and output b is an LSTM with a state of CELL_SIZE, all with the same few
+    parameters. It gets messages from both and sends some back. "vsml": the inputs are the numbers
+    of A x_i, the outputs are the classes; their order makes no difference: the symmetries of a
+    learning algorithm are built in. Nor does their number: meta-training is on READ_SIZE inputs,
+    which is quicker, meta-test on all. "vsml_free": learnt matrices at inputs and outputs break the
+    symmetries (as in the paper); with GUIDED_START they start as a projection and as identities.
     """
 
     def __init__(self, settings):
@@ -693,6 +693,7 @@ class VSML(nn.Module):
         n, self.settings, self.free = settings.CELL_SIZE, settings, "free" in settings.ARCHITECTURE
         images = 2 if settings.TOKEN_FORMAT == "pairs" else 1            # in a token
         self.outputs = size = settings.MODEL_SIZE if self.free else C
+        self.into = self.told = self.head = nn.Identity()
         if self.free:                                    # with as many inputs as outputs
             self.into = nn.Linear(images * settings.PROJECTION_SIZE, images * size)
             self.told = nn.Linear(2 * C, 2 * size)
@@ -711,28 +712,24 @@ class VSML(nn.Module):
 
     def forward(self, x, y):
         """Return logits (B, T, C) for x (B, T, P) and y (B, T), one example after another."""
-        B, T, _ = x.shape
+        if torch.is_grad_enabled() and not self.free:
+            x = x[..., :self.settings.READ_SIZE]
         seen = torch.stack([x, shift(x, 1)][:self.forward_message.in_features], -1)
-        if self.free:
-            seen = self.into(seen.flatten(2)).view(B, T, self.outputs, -1)
-        elif torch.is_grad_enabled():
-            seen = seen[:, :, :self.settings.READ_SIZE]
-        # The numbers of a state stand first, the inputs last: so all arithmetic is on long rows.
+        seen = self.into(seen.flatten(2)).unflatten(2, (-1, seen.shape[-1]))
+        # A state's numbers stand first and the inputs last, so that all arithmetic is on long rows.
         messages = self.forward_message(seen).permute(1, 3, 0, 2).contiguous()     # (T, 4 n, B, A)
         labels = shift(F.one_hot(y, C).to(x.dtype), 1)
         cell = h = x.new_zeros(self.settings.CELL_SIZE, self.outputs, *messages.shape[2:])
-        logits, outputs = x.new_zeros(B, C), []
+        logits, outputs = x.new_zeros(len(x), C), []
         for message, label in zip(messages, labels.unbind(1)):
             back = torch.stack([label, logits.softmax(-1) * label.sum(-1, keepdim=True)], -1)
-            if self.free:
-                back = self.told(back.flatten(1)).view(B, self.outputs, 2)
-            back = self.backward_message(back).permute(2, 1, 0)
+            back = self.told(back.flatten(1)).unflatten(1, (-1, 2))
+            back = self.backward_message(back).permute(2, 1, 0)[..., None]
             gates = (self.recurrent.weight @ h.flatten(1)).view(-1, *h.shape[1:])
-            f, i, o, new = (gates + message[:, None] + back[..., None]).chunk(4)
+            f, i, o, new = (gates + message[:, None] + back).chunk(4)
             cell = (f + 2).sigmoid() * cell + i.sigmoid() * new.tanh()
             h = o.sigmoid() * cell.tanh()
-            logits = self.up(h.sum(-1).permute(2, 1, 0))[..., 0] / h.shape[-1]**0.5
-            logits = self.head(logits) if self.free else logits
+            logits = self.head(self.up(h.sum(-1).permute(2, 1, 0))[..., 0] / h.shape[-1]**0.5)
             outputs.append(logits)
         return torch.stack(outputs, 1)
 
@@ -2491,9 +2488,8 @@ def measure_table(settings, data, precision):
     lengths = [settings.NUM_EXAMPLES - 1] if method == "transformer" else []
     for name, dataset in tests.items():
         hits, *_ = count_hits(model, dataset, n, settings, precision, lengths=lengths)
-        found = {"GPICL" if method == "transformer" else method.upper(): hits["in-context"][-1]}
-        if lengths:
-            found["SGD"] = hits["SGD (softmax)"][-1]
+        names = {"in-context": "GPICL" if lengths else method.upper(), "SGD (softmax)": "SGD"}
+        found = {word: hits[learner][-1] for learner, word in names.items() if learner in hits}
         paper = PAPER.get(name, {}) if comparable else {}
         rows += [dict(method=word, tested_on=name, accuracy=right / n, paper=paper.get(word))
                  for word, right in found.items()]
@@ -2956,7 +2952,7 @@ def explained(error):
         return (f"{words}. Is the disk full, or a folder gone? What was saved before is kept; the "
                 "same command goes on from there.")
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(
-            "(allocate|out of) memory", words):
+            "(allocate|out of) memory|size calculation overflow", words):
         return (f"there is too little memory ({words[:160]}); try fewer or shorter sequences "
                 "(BATCH_SIZE, NUM_EXAMPLES) or a smaller model.")
     return ""

@@ -411,6 +411,8 @@ def test_a_folder_that_goes_away(place, words, tiny_flags, tmp_path, fails, monk
 
 def test_too_little_memory_gets_a_clear_sentence(tiny_flags, fails):
     assert "too little memory" in fails(tiny_flags(MODEL_SIZE=2**20))
+    for size in (2**50, 2**61):                          # the latter more than can be counted
+        assert "too little memory" in fails(tiny_flags(BATCH_SIZE=size))
 
 
 class Evil:
