@@ -147,7 +147,7 @@ PRESETS = {
                   MLP_SIZE=1024, OPTIMIZER="adamw", BATCH_SIZE=128, STEPS=2**18,
                   LEARNING_RATE=3e-4, ADAM_BETA2=0.999),
 }
-# What these commands read; "evaluate" takes all else from the checkpoint.
+# What these commands read; what no flag sets, "evaluate" takes from the checkpoint.
 COMMANDS = {
     "evaluate": ("CHECKPOINT", "EVAL_DATASETS", "EVAL_SEQUENCES", "EVAL_SEED", "AVERAGED_PASSES",
                  "NUM_EXAMPLES", "IMAGE_SIZE", "DEVICE", "PRECISION", "DATA_DIR", "OUT_DIR"),
@@ -166,7 +166,7 @@ QUERIES = 200                                        # rows that are classified 
 MAX_CONTEXT = 2000                                   # of more examples, each pass sees a sample
 OFFSET = 3.0                                         # constant feature, where the others have std 1
 MIXTURE_SCALE = 10.0                                 # makes Adam's steps fit the image mixtures
-FORMAT = "gpicl-5"                                   # of checkpoints
+FORMAT = "gpicl-6"                                   # of checkpoints
 DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)
 MODELS = dict(transformer="Transformer", lstm="LSTM", outer_lstm="outer-product LSTM",
               deltanet="gated DeltaNet", mlp="MLP", vsml="VSML", vsml_free="VSML, not symmetric",
@@ -1297,7 +1297,7 @@ def as_rows(X):
         if x.dtype.kind == "c":
             raise TypeError("they are complex")
         x = x.astype(np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"X can't be read as an array of numbers ({error}).") from None
     if x.ndim < 2 or not x.size:
         raise UserError(f"X has shape {x.shape}; expected at least one row, (n, ...).")
@@ -1366,7 +1366,7 @@ def as_dataset(name, x, y, size, device, most=C):
     if not 0 < x.std() < math.inf:
         raise UserError(f"{name}: x is constant or has NaN, infinite or huge values; clean it.")
     if x.ndim > 2:
-        x = x.movedim(-1, 1) if x.ndim == 4 and x.shape[-1] in (1, 3) else x
+        x = x.movedim(-1, 1) if x.ndim == 4 and x.shape[-1] < min(5, x.shape[1]) else x
         x = x[:, None] if x.ndim == 3 else x
         if x.shape[-2:] != (size, size):
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
@@ -1554,9 +1554,8 @@ def read_csv(path, label_column, features=None, names=None):
                             f"a number; LABEL_COLUMN, for the labels, is column {place + 1}.")
         if labelled and row[place] in ("", "nan", "NaN"):
             raise UserError(f"{path}: line {line} has no label in column {place + 1}.")
-    values = [number(label) for label in labels]
-    if None not in values and all(v.is_integer() and abs(v) < 2**53 for v in values):
-        labels = [int(value) for value in values]        # "1" and "1.0" are one class
+    if all(re.fullmatch(r"[+-]?(0|[1-9]\d{0,14})(\.0*)?", label) for label in labels):
+        labels = [int(float(label)) for label in labels]    # "1" and "1.0" are one class; not "01"
     return np.array(x), np.array(labels) if labelled else None, words if header else None
 
 
@@ -1573,8 +1572,9 @@ def read_examples(path, label_column, features=None, names=None):
 def load_dataset(name, split, settings, device):
     """Return the "train" or "test" images of a data set, by name or .npz path, on `device`.
 
-    An .npz file has no split of its own: a seventh of its rows, at random, is the test. A data set
-    that was not trained on is "unseen": all rows of a file, the test images of the others.
+    Of an .npz file about a seventh of the rows is the test, by their contents: so none of them
+    changes sides when rows are added. A data set that was not trained on is "unseen": all rows of a
+    file, the test images of the others.
     Raises DataUnavailable where there is no such data, UserError where it can't be used.
     """
     if of_file := name.endswith(".npz"):
@@ -1585,8 +1585,10 @@ def load_dataset(name, split, settings, device):
         arrays = source(name, split == "train", settings.DATA_DIR)
     dataset = as_dataset(name, *arrays, settings.IMAGE_SIZE, device)
     if of_file:
-        order = np.random.default_rng(0).permutation(len(dataset.y))   # files may be sorted
-        rows = dict(unseen=order, test=order[::7], train=np.delete(order, np.s_[::7]))[split]
+        keys = np.array([int(hashlib.blake2b(row.tobytes(), digest_size=6).hexdigest(), 16)
+                         for row in arrays[0]])
+        order, n_test = keys.argsort(), (keys < 2**48 / 7).sum()       # files may be sorted
+        rows = dict(unseen=order, test=order[:n_test], train=order[n_test:])[split]
         dataset = dataset._replace(x=dataset.x[rows], y=dataset.y[rows])
     if len(dataset.y) < settings.NUM_EXAMPLES:
         raise UserError(f"{name} has {len(dataset.y)} rows ({split}); a sequence needs "
@@ -1640,10 +1642,7 @@ def save_checkpoint(path, settings, model, **more):
 
 
 def load_checkpoint(path, settings=None):
-    """Return the dict that save_checkpoint wrote; with `settings`, only if they are the same.
-
-    Raises UserError for any other file.
-    """
+    """Return the dict that save_checkpoint wrote; UserError for other files or other `settings`."""
     remedy = "; delete it to train again from the start" if settings else ""
     try:
         with zipfile.ZipFile(path) as parts:
@@ -2017,11 +2016,12 @@ def plot(path, results):
         panel.axhline(100 / entry["classes"], color="grey", ls=":", label="chance")
         if entry["paper"]:
             panel.plot([99], [entry["paper"]["GPICL"]], "k*", ms=10, label="GPICL in the paper")
-        panel.set(title=name, xlabel="examples in context", ylim=(0, 100))
+        panel.set(title=name.replace("$", r"\$"), xlabel="examples in context", ylim=(0, 100))
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, loc="lower right")
     panels[0].set_ylabel("accuracy (%)")
-    figure.suptitle(f"In-context learning, meta-trained on {results['trained_on']}")
+    title = f"In-context learning, meta-trained on {results['trained_on']}"
+    figure.suptitle(title.replace("$", r"\$"))           # no mathematics
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
 
@@ -2359,8 +2359,8 @@ def measure_plateau(settings, data, precision, every=20, enough=3):
     """
     (training, validation, _), steps = data, []
     losses = {num_tasks: [] for num_tasks in (settings.NUM_TASKS, 0)}    # one, where all are fresh
-    batches = {num_tasks: draw_sequences(validation, 256, settings, ("plateau", settings.EVAL_SEED),
-                                         num_tasks) for num_tasks in losses}
+    batches = {num_tasks: draw_sequences(validation, settings.EVAL_SEQUENCES, settings, (
+        "plateau", settings.EVAL_SEED), num_tasks) for num_tasks in losses}
     for model, step in training_steps(settings, training, precision):
         if step % every == 0 or step == settings.STEPS:
             steps.append(step)
@@ -2714,7 +2714,7 @@ EXPERIMENTS = {
         measure_architectures, report_architectures),
     "plateau": Experiment(
         "Length of the plateau: filled where it was left, hollow where it was not",
-        dict(SMALL, MLP_SIZE=256, STEPS=1200, DECAY_FRACTION=0.0), [
+        dict(SMALL, MLP_SIZE=256, STEPS=1200, DECAY_FRACTION=0.0, EVAL_SEQUENCES=256), [
             {**PLATEAU_BASE, **cell} for cells in PLATEAU_FACTORS.values()
             for cell in cells.values()],
         measure_plateau, report_plateau),
@@ -2837,9 +2837,9 @@ def run(preset, settings):
     report, final = folder / "results.json", folder / "model.pt"
     if report.exists() and final.exists():
         with contextlib.suppress(ValueError, TypeError, KeyError):     # damaged: tested again
-            log(*result_table(json.loads(report.read_text())),
-                f"\nThis run was finished before. To make it afresh, delete {folder}")
-            return
+            if {*tests} <= {*(found := json.loads(report.read_text()))["data_sets"]}:
+                log(*result_table(found), f"\nFinished before. To make it afresh, delete {folder}")
+                return
     if not (rank or final.exists() or folder.samefile(Path(__file__).parent)):
         with replacing(folder / Path(__file__).name) as temporary:     # now: it may be edited
             shutil.copyfile(__file__, temporary)

@@ -201,7 +201,7 @@ def test_every_pass_has_a_sample_of_all_examples_and_a_projection_of_its_own(tin
     model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     X = np.random.default_rng(0).normal(size=(90, 6))
     gpicl.InContextClassifier(model, 3).fit(X, np.arange(90) < 45).predict_proba(X[:1])
-    assert all(len(y[0, :20].unique()) == 2 for _, y, _ in seen)
+    assert all(y.shape == (1, 21) and len(y[0, :20].unique()) == 2 for _, y, _ in seen)
     assert len({x[0, -1].sum().item() for x, _, _ in seen}) == 3
 
 
@@ -271,6 +271,7 @@ def test_saved_and_loaded_it_predicts_the_same(model_file, tmp_path, kind):
     (np.eye(3), [0, 1, np.nan], "row 3 has NaN for a label"),
     (np.eye(2), torch.zeros(2, dtype=torch.bfloat16), "can't be read, one per row"),
     (torch.zeros(3, 2, dtype=torch.complex64), [0, 1, 0], "they are complex"),
+    ([[10**400, 1], [2, 3]], [0, 1], "can't be read as an array of numbers"),
     (np.eye(12), range(12), "12 classes; this model tells 2 to 10 apart"),
     (np.eye(3), [1, 1, 1], "1 classes"),
     (np.array([[1, 2], [2, np.nan]]), [0, 1], "NaN, infinite or huge numbers, first in row 2"),
@@ -433,6 +434,8 @@ def test_classify_from_csv_files(model_file, tmp_path, capsys, monkeypatch):
     assert gpicl.read_examples(counted, "1", features=4)[0].shape == (3, 4)
     large = write(tmp_path / "large.csv", [[1, 2**53], [2, 2**53 + 1], [3, 2**53]])
     assert len(set(gpicl.read_csv(large, "last")[1])) == 2
+    zeros = write(tmp_path / "zeros.csv", [[1, "007"], [2, "7"], [3, "7.0"]])
+    assert [*gpicl.read_csv(zeros, "last")[1]] == ["007", "7", "7.0"]    # names, then
     named = write(tmp_path / "named.csv", [[0, 1, 2], [5, 6, 7], [5, 8, 9]])
     x, labels, words = gpicl.read_examples(named, "1")
     assert labels.tolist() == [6, 8] and words == ["0", "2"]

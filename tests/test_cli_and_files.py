@@ -163,6 +163,12 @@ def test_an_evaluation_set_that_cannot_be_had_is_named_and_left_out(
     output = capsys.readouterr().out
     assert "*** NOTICE: FashionMNIST can't be had" in output and "left out" in output
     assert "blobs@11" in output and "FashionMNIST@" not in output
+    x, y = np.random.default_rng(0).normal(size=(90, 40)), np.arange(90) % 10
+    monkeypatch.setattr(gpicl, "torchvision_arrays", lambda *arguments: (x, y))
+    for last in ("Finished, ", "Finished before"):       # when it can be had, it is tested on
+        assert gpicl.main(tiny_flags(EVAL_DATASETS="auto")) == 0
+        output = capsys.readouterr().out
+        assert "FashionMNIST@11" in output and last in output and "validation images" not in output
 
 
 def test_unknown_and_unusable_data_sets(tiny_flags, fails, tmp_path, blobs):
@@ -208,6 +214,11 @@ def test_a_terminal_without_the_letters_and_any_folder_name(tiny_flags, tmp_path
     assert gpicl.main(tiny_flags(OUT_DIR=folder)) == 0
     terminal.flush()
     assert rb"blobs@11: " in terminal.buffer.getvalue() and rb"\xb1" in terminal.buffer.getvalue()
+
+
+def test_a_name_with_dollars_is_no_mathematics(tiny_flags, blobs_file, tmp_path):
+    file = blobs_file.rename(tmp_path / "of_$5_to_$9^.npz")
+    assert gpicl.main(tiny_flags(TRAIN_DATASET=file, EVAL_DATASETS=file)) == 0
 
 
 def test_two_data_sets_of_one_name_get_a_row_each(tiny, blobs_file, tmp_path):
@@ -284,8 +295,9 @@ def test_rows_of_different_widths_are_projected_to_one(tiny_flags, tmp_path, blo
     assert "narrow@11: " in capsys.readouterr().out
 
 
-def test_images_are_standardised_and_channels_may_come_last():
-    x, y = np.random.default_rng(0).normal(3, 7, (60, 6, 6, 3)), np.arange(60) % 3
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_images_are_standardised_and_channels_may_come_last(channels):
+    x, y = np.random.default_rng(0).normal(3, 7, (60, 6, 6, channels)), np.arange(60) % 3
     last, first = (gpicl.as_dataset("x", a, y, 6, "cpu").x for a in (x, x.transpose(0, 3, 1, 2)))
     assert torch.equal(last, first) and abs(last.mean()) < 1e-5
     assert last.std().item() == pytest.approx(1, abs=1e-3)
@@ -299,6 +311,25 @@ def test_no_row_is_both_trained_and_tested_on(tiny, tmp_path):
     rows = [tuple(row) for part in (training, validation, tests["rows"][0])
             for row in part.x.tolist()]
     assert len(rows) == len(set(rows)) == 700
+
+
+def test_rows_keep_their_side_when_others_are_added(tiny, tmp_path):
+    random, path, sides = np.random.default_rng(0), str(tmp_path / "rows.npz"), []
+    x = random.integers(0, 99, (1400, 4)).astype(float)
+    for some in (x[:700], random.permutation(x), x[:700]):
+        np.savez(path, x=some, y=np.arange(len(some)) % 3)
+        scale = (some - some.mean()).std(ddof=1)
+        sides.append([{tuple(row) for row in (gpicl.load_dataset(
+            path, split, tiny(), "cpu").x * scale + some.mean()).round().tolist()}
+            for split in ("train", "test")])
+    (train, test), (more_train, more_test), again = sides
+    assert train <= more_train and test <= more_test and not more_train & more_test
+    assert again == [train, test] and len(train | test) == len({*map(tuple, x[:700])})
+    assert 60 < len(test) < 140 and 140 < len(more_test) < 260
+    assert len(gpicl.load_dataset(path, "unseen", tiny(), "cpu").y) == 700
+    np.savez(path, x=x, y=np.repeat([0, 1], 700))        # sorted by class: neither side is
+    labels = gpicl.load_dataset(path, "train", tiny(), "cpu").y.double()
+    assert 0.4 < labels[:300].mean() < 0.6
 
 
 def test_test_images_are_not_training_images(tmp_path, monkeypatch):

@@ -340,10 +340,10 @@ def test_what_experiments_ask_of_a_model(blobs, tiny, monkeypatch):
 def test_plateau_is_measured_on_validation_images(blobs, tiny, monkeypatch):
     drawn, true_draw = set(), gpicl.draw_sequences
     monkeypatch.setattr(gpicl, "draw_sequences", lambda dataset, n, settings, key, *rest: (
-        drawn.add((key[0], dataset.name)), true_draw(dataset, n, settings, key, *rest))[1])
+        drawn.add((key[0], dataset.name, n)), true_draw(dataset, n, settings, key, *rest))[1])
     data = blobs, blobs._replace(name="validation"), {}
     gpicl.measure_plateau(tiny(STEPS=1), data, "fp32")
-    assert drawn == {("plateau", "validation"), ("train", "blobs")}
+    assert drawn == {("plateau", "validation", 64), ("train", "blobs", 8)}
 
 
 def test_features_are_of_classes_that_nothing_was_trained_on(blobs, tiny, monkeypatch):
