@@ -82,7 +82,7 @@ VALIDATION_IMAGES = 5000     # last training images, never trained on (of few, a
 NUM_TASKS = 0                # so many fixed tasks, as 2**16; 0: a fresh task for every sequence
 NUM_EXAMPLES = 100           # examples in a sequence: the last is predicted after 99
 PROJECTION_SIZE = 3072       # numbers that the random projection turns an image into (as paper)
-READ_SIZE = 64               # so many a token holds if cosines tell the rest; or VSML trains on
+READ_SIZE = 64               # how many of them a token holds (beside cosines), or VSML trains on
 BIASED_FRACTION = 0.0        # share of each batch with one fixed label permutation
 
 # Model
