@@ -1301,10 +1301,10 @@ def as_rows(X):
         raise UserError(f"X can't be read as an array of numbers ({error}).") from None
     if x.ndim < 2 or not x.size:
         raise UserError(f"X has shape {x.shape}; expected at least one row, (n, ...).")
-    if not (np.abs(x) < 1e30).all():
-        row = int(np.argwhere(~(np.abs(x) < 1e30))[0][0])
-        raise UserError(f"X has NaN, infinite or huge numbers, first in row {row + 1}; fill in or "
-                        "drop them.")
+    wrong = np.argwhere(~(np.abs(x) < 1e30))
+    if len(wrong):
+        raise UserError(f"X has NaN, infinite or huge numbers, first in row {wrong[0, 0] + 1}; "
+                        "fill in or drop them.")
     return torch.from_numpy(x.reshape(len(x), -1))
 
 
@@ -1371,7 +1371,8 @@ def as_dataset(name, x, y, size, device, most=C):
         if x.shape[-2:] != (size, size):
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
     x = (x - x.mean()).flatten(1) / x.std()
-    return Dataset(name, x.to(device), torch.as_tensor(y).long().to(device), len(kinds))
+    return Dataset(name.replace("$", "_"), x.to(device), torch.as_tensor(y).long().to(device),
+                   len(kinds))                           # in figures two $ would be mathematics
 
 
 def torchvision_arrays(name, train, folder):
@@ -1572,9 +1573,8 @@ def read_examples(path, label_column, features=None, names=None):
 def load_dataset(name, split, settings, device):
     """Return the "train" or "test" images of a data set, by name or .npz path, on `device`.
 
-    Of an .npz file about a seventh of the rows is the test, by their contents: so none of them
-    changes sides when rows are added. A data set that was not trained on is "unseen": all rows of a
-    file, the test images of the others.
+    About a seventh of an .npz file's rows is its test, by their contents: adding rows moves none. A
+    data set that was not trained on is "unseen": all rows of a file, the test images of the others.
     Raises DataUnavailable where there is no such data, UserError where it can't be used.
     """
     if of_file := name.endswith(".npz"):
@@ -2016,12 +2016,11 @@ def plot(path, results):
         panel.axhline(100 / entry["classes"], color="grey", ls=":", label="chance")
         if entry["paper"]:
             panel.plot([99], [entry["paper"]["GPICL"]], "k*", ms=10, label="GPICL in the paper")
-        panel.set(title=name.replace("$", r"\$"), xlabel="examples in context", ylim=(0, 100))
+        panel.set(title=name, xlabel="examples in context", ylim=(0, 100))
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, loc="lower right")
     panels[0].set_ylabel("accuracy (%)")
-    title = f"In-context learning, meta-trained on {results['trained_on']}"
-    figure.suptitle(title.replace("$", r"\$"))           # no mathematics
+    figure.suptitle(f"In-context learning, meta-trained on {results['trained_on']}")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
 
@@ -2484,15 +2483,14 @@ def measure_table(settings, data, precision):
     training, _, tests = data
     model = trained_model(settings, training, precision)
     method, n, rows = settings.ARCHITECTURE, settings.EVAL_SEQUENCES, []
-    comparable = training.name == "MNIST" and settings.NUM_EXAMPLES == 100
+    paper = PAPER if training.name == "MNIST" and settings.NUM_EXAMPLES == 100 else {}
     lengths = [settings.NUM_EXAMPLES - 1] if method == "transformer" else []
     for name, dataset in tests.items():
         hits, *_ = count_hits(model, dataset, n, settings, precision, lengths=lengths)
         names = {"in-context": "GPICL" if lengths else method.upper(), "SGD (softmax)": "SGD"}
         found = {word: hits[learner][-1] for learner, word in names.items() if learner in hits}
-        paper = PAPER.get(name, {}) if comparable else {}
-        rows += [dict(method=word, tested_on=name, accuracy=right / n, paper=paper.get(word))
-                 for word, right in found.items()]
+        rows += [dict(method=word, tested_on=name, accuracy=right / n, paper=paper.get(
+            name, {}).get(word)) for word, right in found.items()]
     return rows
 
 
@@ -2567,9 +2565,9 @@ def measure_features(settings, data, precision):
     every = list(dict.fromkeys(int(word) for word in settings.SHOTS.split(",")))
     check_context(make_model(settings), settings.WAYS * max(every))
     if settings.FEATURES_FILE:
-        name = Path(settings.FEATURES_FILE).stem
-        inputs[name] = as_dataset(name, *npz_arrays(settings.FEATURES_FILE), settings.IMAGE_SIZE,
-                                  training.x.device, 10**6)
+        dataset = as_dataset(Path(settings.FEATURES_FILE).stem, *npz_arrays(settings.FEATURES_FILE),
+                             settings.IMAGE_SIZE, training.x.device, 10**6)
+        inputs[dataset.name] = dataset
     else:
         known = training.classes // 2
         if training.x.shape[1] != settings.IMAGE_SIZE**2 or training.name not in tests:
@@ -2837,8 +2835,10 @@ def run(preset, settings):
     report, final = folder / "results.json", folder / "model.pt"
     if report.exists() and final.exists():
         with contextlib.suppress(ValueError, TypeError, KeyError):     # damaged: tested again
-            if {*tests} <= {*(found := json.loads(report.read_text()))["data_sets"]}:
-                log(*result_table(found), f"\nFinished before. To make it afresh, delete {folder}")
+            found = json.loads(report.read_text())
+            if {*tests} <= {*found["data_sets"]}:        # none can be had that could not then
+                log(*result_table(found),
+                    f"\nThis run was finished before. To make it afresh, delete {folder}")
                 return
     if not (rank or final.exists() or folder.samefile(Path(__file__).parent)):
         with replacing(folder / Path(__file__).name) as temporary:     # now: it may be edited
