@@ -1116,7 +1116,7 @@ def evaluate(model, dataset, settings, precision, num_tasks=0):
         low, high = interval(hits, n)
         curves[name] = dict(examples=list(examples), accuracy=(hits / n).tolist(),
                             low=low.tolist(), high=high.tolist(), sequences=n)
-    batches = zip(logits.split(EVAL_BATCH), y.split(EVAL_BATCH))         # all at once need a GiB
+    batches = zip(logits.split(EVAL_BATCH), y.split(EVAL_BATCH))         # in parts, for memory
     t = torch.cat([context_temperature(a[:, :-1], b[:, :-1]) for a, b in batches])[:, None]
     return curves, {kind: calibration_error((logits[:, -1] / by).softmax(1), y[:, -1])
                     for kind, by in (("raw", 1), ("fitted", t))}
@@ -1895,7 +1895,7 @@ def peak_memory(device):
 
 
 def keep_freed_memory():
-    """Make Linux's allocator keep freed memory: taking it anew cost an eighth of each CPU step."""
+    """Make Linux's allocator keep freed memory: taking it anew cost a seventh of each CPU step."""
     with contextlib.suppress(OSError, AttributeError):
         allocator = ctypes.CDLL("libc.so.6")
         allocator.mallopt(-4, 0)                         # M_MMAP_MAX: nothing from mmap
