@@ -158,7 +158,6 @@ OF_FEATURES = ("WAYS", "SHOTS", "FEATURES_FILE")
 OF_EXPERIMENTS = (*OF_FEATURES, "SEEDS", "WORKERS", "RESULTS_DIR")
 NOT_OF_EXPERIMENTS = ("EVAL_SEED", "AVERAGED_PASSES", "ROW_EVERY", "ROW_SEQUENCES",
                       "CHECKPOINT_SECONDS")
-# ----------------------------------------------------------------------------- end of settings
 
 C = 10                                               # classes that the model tells apart
 EVAL_BATCH = 64                                      # sequences that are tested at once
@@ -173,6 +172,23 @@ MODELS = dict(transformer="Transformer", lstm="LSTM", outer_lstm="outer-product 
               maml="MAML")
 CHOICES = dict(DEVICE=("auto", "cuda", "mps", "cpu"), PRECISION=("auto", "bf16", "fp32"),
                TOKEN_FORMAT=("pairs", "paper"), OPTIMIZER=("muon", "adamw"), ARCHITECTURE=[*MODELS])
+# What each setting is, whatever is written above: type, least, most, and that in words.
+KINDS = {name: kind for *kind, names in (
+    (str, "", chr(0x10ffff), "a text in quotes", (
+        *CHOICES, "DATA_DIR", "OUT_DIR", "TRAIN_DATASET", "EVAL_DATASETS", "CHECKPOINT", "SHOTS",
+        "TRAIN_FILE", "TEST_FILE", "LABEL_COLUMN", "PREDICTIONS_FILE", "FEATURES_FILE",
+        "RESULTS_DIR")),
+    (bool, False, True, "True or False", ("COMPARE_IMAGES", "RIDGE_ATTENTION", "GUIDED_START")),
+    (int, 0, 2**62, "a whole number, 0 or more", (
+        "SEED", "EVAL_SEED", "NUM_TASKS", "WARMUP_STEPS", "AVERAGED_PASSES", "WORKERS")),
+    (int, 2, 2**62, "a whole number, 2 or more", ("NUM_EXAMPLES",)),
+    (int, 1, C, f"a whole number from 1 to {C}", ("WAYS",)),
+    (float, 0, 1, "a share from 0 to 1", ("BIASED_FRACTION", "DECAY_FRACTION")),
+    (float, 0, 1 - 1e-9, "a share below 1", ("ADAM_BETA2",)),
+    (float, 1e-30, 1e30, "a number above 0", ("ATTENTION_SCALE", "GRADIENT_CLIP", "ADAM_EPSILON")),
+    (float, 0, 1e30, "a number from 0 to 1e30", (
+        "OUTPUT_STD", "LEARNING_RATE", "WEIGHT_DECAY", "CHECKPOINT_SECONDS"))) for name in names}
+OTHERS = int, 1, 2**62, "a whole number, 1 or more"
 # The paper's table: accuracy on the 100th example after 99, meta-trained on MNIST.
 PAPER = {
     "MNIST": {"GPICL": 73.70, "SGD": 70.31, "MAML": 53.71, "VSML": 79.04, "LSTM": 25.39},
@@ -848,9 +864,12 @@ def learning_rate(step, settings):
 
 
 def logits_of(model, x, y, precision):
-    """Return the model's logits (B, T, C) as fp32, computed in "bf16" or "fp32"."""
+    """Return logits (B, T, C) as fp32, computed in "bf16" or "fp32"; tests need finite ones."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return model(x, y).float()
+        logits = model(x, y).float()
+    if not torch.is_grad_enabled() and (~logits.isfinite()).any():
+        raise UserError("logits are not finite; try a lower LEARNING_RATE or PRECISION=fp32.")
+    return logits
 
 
 def update(model, optimizers, x, y, step, settings, precision):
@@ -978,7 +997,7 @@ def nearest_centroid(gram, targets):
 def ridge(gram, targets, penalty=0.3):
     """Least squares on one-hot labels; the penalty is relative to the mean squared length."""
     seen = gram[:, :-1, :-1]
-    scale = penalty * seen.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    scale = (penalty * seen.diagonal(dim1=1, dim2=2).mean(1)).clamp_min(1e-12)[:, None, None]
     return gram[:, -1:, :-1] @ torch.linalg.solve(seen + scale * torch.eye(seen.shape[1]), targets)
 
 
@@ -996,7 +1015,7 @@ def sgd(gram, targets, rate=1.0, epochs=10):
     In its dual form: the weights are a sum of the examples, so only its coefficients are stepped.
     """
     seen = gram[:, :-1, :-1]
-    steps = rate / seen.diagonal(dim1=1, dim2=2).mean(1)[:, None]
+    steps = rate / seen.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)[:, None]
     coefficients = torch.zeros_like(targets)
     for _ in range(epochs):
         for i in range(targets.shape[1]):
@@ -1043,13 +1062,10 @@ def predictions(model, dataset, n_sequences, settings, precision, num_tasks=0, l
     """Return ({learner: predicted labels (n, ...)}, labels y (n, T), our logits (n, T, C)).
 
     Ours after 0 .. T - 1 examples; the classical learners' after the numbers in `lengths`.
-    Raises UserError for a model whose logits are not finite.
     """
     parts = []
     for x, y in evaluation_batches(dataset, n_sequences, settings, num_tasks):
         logits, y = logits_of(model, x, y, precision).cpu(), y.cpu()
-        if (~logits.isfinite()).any():
-            raise UserError("logits are not finite; try a lower LEARNING_RATE or PRECISION=fp32.")
         found = {"in-context": logits.argmax(-1)}
         if len(lengths):
             gram = (x @ x.mT).cpu()
@@ -1195,15 +1211,16 @@ class InContextClassifier:
         y = as_labels(y, len(x))
         if str(self.scaling) not in ("auto", "shared", "centred", "columns"):
             raise UserError(f"scaling: {self.scaling!r}; expected auto, shared, centred, columns.")
-        self.classes_, first, numbers = class_numbers(y, "y")
-        self.network_ = self.model
-        if not isinstance(self.model, nn.Module):
-            self.network_ = load_model(self.model, choose_device("auto")[0])[0]
-        check_context(self.network_, len(x))
-        kind = getattr(getattr(self.network_, "settings", None), "ARCHITECTURE", None)
+        classes, first, numbers = class_numbers(y, "y")
+        network = self.model
+        if not isinstance(network, nn.Module):
+            network = load_model(network, choose_device("auto")[0])[0]
+        check_context(network, len(x))
+        kind = getattr(getattr(network, "settings", None), "ARCHITECTURE", None)
         if kind != "transformer":
             raise UserError(f"this model has ARCHITECTURE={kind}; only a transformer of this "
                             "program answers many queries about one context.")
+        self.network_, self.classes_, self.names_ = network, classes, [*getattr(X, "columns", ())]
         # Numbered as they first appear: other names for the classes change nothing but names.
         self.slots_ = torch.as_tensor(first.argsort().argsort())
         self.labels_ = self.slots_[torch.as_tensor(numbers)]
@@ -1214,8 +1231,7 @@ class InContextClassifier:
         kinds = [self.scaling]
         if self.scaling == "auto":
             alike = spread.max() <= 10 * spread[spread > 0].median() if spread.any() else True
-            tabular = ["centred", "columns"] if alike else ["columns"]
-            kinds = ["shared"] if np.ndim(X) > 2 else tabular
+            kinds = ["shared"] if np.ndim(X) > 2 else ["centred", "columns"][not alike:]
         self.scaling_ = max(
             kinds, key=lambda kind: neighbours_agree(scaled(x, *scales[kind]), numbers))
         self.scale_ = scales[self.scaling_]
@@ -1229,6 +1245,9 @@ class InContextClassifier:
         x, context = as_rows(X), scaled(self.examples_[0], *self.scale_)
         if x.shape[1] != self.n_features_in_:
             raise UserError(f"X has {x.shape[1]} features, the examples {self.n_features_in_}.")
+        names = [*getattr(X, "columns", ())]             # of a data frame
+        if names and self.names_ and names != self.names_:
+            raise UserError(f"X has the columns {names}, the examples {self.names_}.")
         if not isinstance(self.n_ensemble, (int, np.integer)) or self.n_ensemble < 1:
             raise UserError(f"n_ensemble is {self.n_ensemble!r}; expected 1 or more.")
         x, network, n = scaled(x, *self.scale_), self.network_, min(len(context), MAX_CONTEXT)
@@ -1275,7 +1294,8 @@ class InContextClassifier:
             raise UserError(f"labels like {self.classes_[0]} can't be saved; use words or numbers.")
         params = {name: np.asarray(value).item()         # NumPy's numbers would not load
                   for name, value in self.get_params().items() if name != "model"}
-        state = dict(params={**params, "scaling": self.scaling_}, x=self.examples_[0], y=labels)
+        params["scaling"] = str(self.scaling_)
+        state = dict(params=params, x=self.examples_[0], y=labels)
         save_checkpoint(Path(path), self.network_.settings, self.network_, classifier=state)
 
     @classmethod
@@ -1297,7 +1317,7 @@ def as_rows(X):
         if x.dtype.kind == "c":
             raise TypeError("they are complex")
         x = x.astype(np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(f"X can't be read as an array of numbers ({error}).") from None
     if x.ndim < 2 or not x.size:
         raise UserError(f"X has shape {x.shape}; expected at least one row, (n, ...).")
@@ -1312,7 +1332,7 @@ def as_labels(y, n):
     """Return the labels y as an array of shape (n,); raise UserError for anything else."""
     try:
         y = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the labels can't be read, one per row ({error}).") from None
     if y.shape != (n,):
         raise UserError(f"there are {n} rows and labels of shape {y.shape}; expected one label per "
@@ -1371,8 +1391,8 @@ def as_dataset(name, x, y, size, device, most=C):
         if x.shape[-2:] != (size, size):
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
     x = (x - x.mean()).flatten(1) / x.std()
-    return Dataset(name.replace("$", "_"), x.to(device), torch.as_tensor(y).long().to(device),
-                   len(kinds))                           # in figures two $ would be mathematics
+    name = name.replace("$", "_").encode(errors="replace").decode()    # two $: mathematics
+    return Dataset(name, x.to(device), torch.as_tensor(y).long().to(device), len(kinds))
 
 
 def torchvision_arrays(name, train, folder):
@@ -1392,26 +1412,20 @@ def torchvision_arrays(name, train, folder):
     place = Path(folder, name, "raw") if hasattr(make, "raw_folder") else Path(folder)
     arguments = make.__init__.__code__.co_varnames
     split = dict(train=train) if "train" in arguments else dict(split="train" if train else "test")
-    if name == "EMNIST":
-        split = dict(train=train, split="digits")
+    split |= dict(split="digits") if name == "EMNIST" else {}
     try:
         with contextlib.redirect_stdout(None):           # its progress goes to stderr
             data = make(folder, download=True, **split)
         labels = data.targets if hasattr(data, "targets") else data.labels
         return np.asarray(data.data), np.asarray(labels)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise UserError(f"can't write to DATA_DIR={folder}: {error}.") from error
-    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError, ImportError) as error:
         words = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, OSError) or re.search("download|not found", words):
+        if isinstance(error, (OSError, ImportError)) or re.search("download|not found", words):
             raise DataUnavailable(
                 f"{name} can't be had: it is not in {place} (put its files there) and could not be "
-                f"downloaded ({words}).") from error
+                f"downloaded, or read ({words}).") from error
         raise UserError(f"{name} in {place} can't be read ({words}); if it is damaged, delete its "
                         "files and run again to get them afresh.") from error
-    except ModuleNotFoundError as error:
-        raise DataUnavailable(f"{name} can't be had: torchvision reads it with a package that is "
-                              f"not installed ({error}).") from error
     except (TypeError, AttributeError) as error:
         raise UserError(f"{name} can't be used as a data set here: {error}.") from error
 
@@ -1501,6 +1515,12 @@ def number(text):
         return None if "_" in text else float(text)
 
 
+def plain(label):
+    """Return a label as text: 1, 1.0 and "1" are the same one, "01" is another."""
+    text = str(label)
+    return str(float(text)) if re.fullmatch(r"[+-]?(0|[1-9]\d{0,14})(\.\d*)?", text) else text
+
+
 def read_csv(path, label_column, features=None, names=None):
     """Return x (n, features), labels (n,) and the features' names of a .csv file.
 
@@ -1518,15 +1538,12 @@ def read_csv(path, label_column, features=None, names=None):
         raise UserError(f"can't read {path}: {error}.") from error
     first = lines[0][1] if lines else []
     width, place = len(first), len(first) - 1
-    if width < (1 if features else 2):
-        raise UserError(f"{path} has {width} columns; expected features and, but for a test, "
-                        "labels, separated by commas.")
+    if width < 2 if features is None else width - features not in (0, 1):
+        raise UserError(f"{path} has {width} columns; expected {features or 'some'} of features "
+                        "and, but for a test, one of labels, separated by commas.")
     for line, row in lines:
         if len(row) != width:
             raise UserError(f"{path}: line {line} has {len(row)} values, the first has {width}.")
-    if features is not None and width - features not in (0, 1):
-        raise UserError(f"{path} has {width} columns; expected {features}, as many as the examples "
-                        "have features, and perhaps one of labels.")
     labelled, numbers = width != features, [number(cell) for cell in first]
     counted = numbers == [*range(width)] and (features is None or names is not None)
     named = labelled and label_column in set(first) - {"last"} and (
@@ -1534,14 +1551,15 @@ def read_csv(path, label_column, features=None, names=None):
     if named:
         place = first.index(label_column)
     elif labelled and label_column != "last":
-        if not label_column.isdecimal() or not 0 < int(label_column) <= width:
+        if label_column not in [str(i + 1) for i in range(width)]:
             raise UserError(f"{path} has no column {label_column!r}; its first line is: "
                             f"{', '.join(first)[:200]}.")
         place = int(label_column) - 1
     columns = [i for i in range(width) if not (labelled and i == place)]
     words, head = [first[i] for i in columns], [numbers[i] for i in columns]
     numbered = len(head) > 1 and head == [*range(len(head))] and (counted or numbers[place] is None)
-    header = None in head or named or (numbered if features is None else words == names)
+    worded = None in head if features is None or names else {*head} == {None}
+    header = worded or named or (numbered if features is None else words == names)
     if header and "" in first:
         raise UserError(f"{path}: column {first.index('') + 1} has no name in the first line; if "
                         "it only numbers the rows, leave it out (pandas: index=False).")
@@ -1564,10 +1582,7 @@ def read_examples(path, label_column, features=None, names=None):
     """Return x, labels and feature names of a .csv or .npz file; None for what it lacks."""
     if not str(path).endswith(".npz"):
         return read_csv(path, label_column, features, names)
-    x, y = npz_arrays(path, labels=features is None)
-    if y is not None and y.dtype.kind == "f" and (abs(y) < 2**53).all() and (y % 1 == 0).all():
-        y = y.astype(np.int64)                           # 1.0 and 1 are one class, as in a .csv
-    return x, y, None
+    return *npz_arrays(path, labels=features is None), None
 
 
 def load_dataset(name, split, settings, device):
@@ -1620,9 +1635,10 @@ def stop_requests():
 @contextlib.contextmanager
 def replacing(path, called=None):
     """Yield a temporary path that becomes `path` in one step; raise UserError where it can't."""
-    called, path = called or path, path.resolve()       # of a link, what it points to
-    temporary = path.parent / f"{path.stem}.{os.getpid()}.tmp{path.suffix}"
+    called, temporary = called or path, None
     try:
+        path = path.resolve()                            # of a link, what it points to
+        temporary = path.parent / f"{path.stem}.{os.getpid()}.tmp{path.suffix}"
         if path.exists() and not path.is_file():
             raise OSError("it is not a file")
         yield temporary
@@ -1631,7 +1647,8 @@ def replacing(path, called=None):
         raise UserError(f"can't write {called}: {error}. Is there such a folder, and room on its "
                         "disk? What was saved before is kept.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, AttributeError):
+            temporary.unlink()
 
 
 def save_checkpoint(path, settings, model, **more):
@@ -1649,8 +1666,8 @@ def load_checkpoint(path, settings=None):
             if parts.testzip():                          # torch does not check the sums
                 raise ValueError
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {path}.") from error
+    except OSError as error:
+        raise UserError(f"can't read the checkpoint {path}: {error.strerror}.") from error
     except Exception as error:                           # torch raises many kinds for a bad file
         raise UserError(f"{path} is truncated or not a checkpoint{remedy}.") from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or (
@@ -1690,8 +1707,8 @@ def identity(settings):
 def setting_comments():
     """Return {name: comment} of the settings, read from this file's own source, in its order."""
     source = Path(__file__).read_text(encoding="utf-8")
-    block = source[source.index("- settings\n"):source.index("- end of settings\n")]
-    return dict(re.findall(r"^([A-Z][A-Z0-9_]+) = .*?  # (.+)$", block, re.MULTILINE))
+    block = source[source.index("- settings\n"):source.index("\nPRESETS =")]
+    return dict(re.findall(r"^([A-Z][A-Z0-9_]+) *=[^#\n]*#? *(.*)$", block, re.MULTILINE))
 
 
 def default_settings(**overrides):
@@ -1716,23 +1733,17 @@ def did_you_mean(word, known):
     return f"; did you mean {names[0]}?" if names else f"; expected one of {', '.join(known)}."
 
 
-def read_value(name, text, default):
-    """Return the flag's text as a value of the type of `default`; 2**16 and 1e-3 are numbers."""
-    kind = {bool: "True or False", int: "a whole number", float: "a number"}.get(type(default))
+def read_value(name, text):
+    """Return a flag's text as a value of its setting; 2**16 and 1e-3 are numbers."""
+    kind, *_, words = KINDS.get(name, OTHERS)
     try:
-        if isinstance(default, str):
-            return text
-        if isinstance(default, bool):
-            return {"true": True, "false": False}[text.lower()]
+        if kind in (str, bool):
+            return text if kind is str else {"true": True, "false": False}[text.lower()]
         power = re.fullmatch(r"(\d{1,3})\*\*(\d{1,2})", text)
-        value = int(power[1]) ** int(power[2]) if power else float(text)
-        if isinstance(default, int):
-            value = int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else value
-            if value != int(value) or abs(value) >= 2**62:
-                raise ValueError
-        return type(default)(value)
-    except (ValueError, OverflowError, KeyError):
-        raise UserError(f"--{name}={text}: expected {kind}, such as {default}.") from None
+        whole = re.fullmatch(r"[+-]?\d{1,18}", text)
+        return int(power[1]) ** int(power[2]) if power else int(text) if whole else float(text)
+    except (ValueError, KeyError):
+        raise UserError(f"--{name}={text}: expected {words}.") from None
 
 
 def read_settings(arguments):
@@ -1755,7 +1766,7 @@ def read_settings(arguments):
             raise UserError(f"{word} has no value; write --{name}=value.")
         if first not in readers(name):
             raise UserError(f"{first} does not read {name}; these do: {', '.join(readers(name))}.")
-        setattr(settings, name, read_value(name, text, getattr(settings, name)))
+        setattr(settings, name, read_value(name, text))
         flags.append(name)
     check_settings(settings)
     return first, settings, flags
@@ -1768,37 +1779,27 @@ def readers(name):
         return ["features"] if name in OF_FEATURES else [*EXPERIMENTS]
     if name in {*COMMANDS["classify"]} - {"SEED", "OUT_DIR"}:
         return commands
-    return [*PRESETS, *commands, *(() if name in NOT_OF_EXPERIMENTS else EXPERIMENTS)]
+    tested = [word for word in EXPERIMENTS if name != "EVAL_DATASETS" or word != "plateau"]
+    return [*PRESETS, *commands, *(() if name in NOT_OF_EXPERIMENTS else tested)]
 
 
 def check_settings(s):
-    """Raise UserError for the first value or combination of settings that can't work."""
+    """Raise UserError for the first value or combination of settings that can't work. Numbers
+    written in the other way (STEPS = 1e4, WEIGHT_DECAY = 0) become what they should be.
+    """
     for name, value in vars(s).items():
-        default, may_be_zero = globals()[name], name in (
-            "SEED", "EVAL_SEED", "NUM_TASKS", "WARMUP_STEPS", "AVERAGED_PASSES", "WORKERS")
-        least = 0 if may_be_zero else 2 if name == "NUM_EXAMPLES" else 1
-        if name in CHOICES and value not in CHOICES[name]:
+        kind, least, most, words = KINDS.get(name, OTHERS)
+        if {kind, type(value)} == {int, float} and abs(value) <= 1e30 and value == kind(value):
+            setattr(s, name, value := kind(value))
+        if type(value) is not kind or not least <= value <= most:
+            raise UserError(f"{name} is {value!r}; expected {words}.")
+        if value not in CHOICES.get(name, [value]):
             raise UserError(f"{name} is {value!r}; expected one of {', '.join(CHOICES[name])}.")
-        if type(value) is not type(default) and not (type(default) is float and value == 0):
-            raise UserError(f"{name} is {value!r}; expected a value like {default!r}.")
-        if type(default) is int and value < least:
-            raise UserError(f"{name} is {value}; expected {least} or more.")
-        if type(default) is float and not 0 <= value <= 1e30:
-            raise UserError(f"{name} is {value}; expected a number from 0 to 1e30.")
-    for name in ("BIASED_FRACTION", "DECAY_FRACTION", "ADAM_BETA2"):
-        if getattr(s, name) > 1:
-            raise UserError(f"{name} is {getattr(s, name)}; expected a share from 0 to 1.")
-    for name in ("ATTENTION_SCALE", "GRADIENT_CLIP", "ADAM_EPSILON"):
-        if not getattr(s, name):
-            raise UserError(f"{name} is 0; expected a number above 0.")
-    if s.ADAM_BETA2 == 1:
-        raise UserError("ADAM_BETA2=1 would never forget; expected a number below 1.")
     if s.MODEL_SIZE % s.NUM_HEADS or s.MODEL_SIZE % 2:
         raise UserError(
             f"MODEL_SIZE={s.MODEL_SIZE} must be even and a multiple of NUM_HEADS={s.NUM_HEADS}.")
-    if s.WAYS > C or not re.fullmatch("[1-9][0-9]*(,[1-9][0-9]*)*", s.SHOTS):
-        raise UserError(f"WAYS={s.WAYS}, SHOTS={s.SHOTS}: expected at most {C} ways, and numbers "
-                        "of examples such as 1,5.")
+    if not re.fullmatch("[1-9][0-9]{0,5}(,[1-9][0-9]{0,5})*", s.SHOTS):
+        raise UserError(f"SHOTS={s.SHOTS}: expected numbers of examples such as 1,5.")
 
 
 # ----------------------------------------------------------------------- plumbing: device, folder
@@ -2173,6 +2174,8 @@ def data_of_runs(device, **settings):
 def runs_of(name, settings, flags):
     """Return the cells of an experiment with their seeds. A flag fixes what would be varied."""
     cells = []
+    if settings.ARCHITECTURE == "maml" and name in ("algorithm", "plateau"):
+        raise UserError(f"{name} asks early and late; maml answers after all examples only.")
     for cell in EXPERIMENTS[name].cells:
         for key in {"ARCHITECTURE", "TOKEN_FORMAT"} & {*cell} & {*flags}:
             raise UserError(f"{name} compares models of different {key}; leave that flag out.")
@@ -2382,9 +2385,10 @@ def report_plateau(rows, figure):
     panels, lines, cap = figure.subplots(2, 3).flat, [], max(row["steps"] for row in rows)
     fixed = {key: rows[0][key] for key in PLATEAU_BASE if len(values_of(rows, key)) == 1}
     for panel, (factor, cells) in zip(panels, PLATEAU_FACTORS.items()):
-        runs = [dict(row, value=value) for value, cell in cells.items()
-                if all(fixed.get(key, wanted) == wanted for key, wanted in cell.items())
-                for row in select(rows, **{**PLATEAU_BASE, **fixed, **cell})]
+        wanted = {value: {**PLATEAU_BASE, **cell, **fixed} for value, cell in cells.items()}
+        runs = [dict(row, value=value) for value, settings in wanted.items()
+                if cells[value].items() <= settings.items() or [*wanted.values()].count(
+                    settings) == 1 for row in select(rows, **settings)]
         if not runs:                                     # a flag holds this factor fixed
             panel.set_axis_off()
             continue
@@ -2454,8 +2458,10 @@ def report_architectures(rows, figure):
     figure.set_size_inches(15, 5)
     first, lines, models, points = rows[0]["tested_on"], [], {}, []
     for row in rows:
-        models.setdefault((row["ARCHITECTURE"], row["state"], row["parameters"]), []).append(row)
-    for (architecture, state, parameters), mine in models.items():
+        cell = [value for key, value in row.items() if key.isupper() and key != "SEED"]
+        models.setdefault(str(cell), []).append(row)
+    for mine in models.values():
+        architecture, state, parameters = map(mine[0].get, ("ARCHITECTURE", "state", "parameters"))
         line = f"{architecture:13}{state:9,} state{parameters:11,} parameters"
         for kind in values_of(mine, "tested_on"):
             mean, half = summary(select(mine, tested_on=kind), "accuracy")
@@ -2638,8 +2644,6 @@ def measure_algorithm(settings, data, precision):
     and over the training; and with those of a model with another seed, for comparison. Compared
     are sequences whose query is of a class among two or more that were shown.
     """
-    if settings.ARCHITECTURE == "maml":
-        raise UserError("algorithm asks early and late; maml answers after all examples only.")
     (training, _, tests), n, rows = data, settings.EVAL_SEQUENCES, []
     longest = settings.NUM_EXAMPLES - 1
     lengths = [k for k in (10, 20, 50) if k < longest] + [longest]
@@ -2695,8 +2699,7 @@ EXPERIMENTS = {
             dict(ARCHITECTURE="transformer", TOKEN_FORMAT="paper", GUIDED_START=True),
             dict(ARCHITECTURE="transformer", TOKEN_FORMAT="pairs", GUIDED_START=False),
             dict(ARCHITECTURE="mlp", TOKEN_FORMAT="paper", GUIDED_START=True))
-            for D in (32, 128) for k in (0, 5, 9, 10, 11, 13, 18)],
-        measure_phases, report_phases),
+            for D in (32, 128) for k in (0, 5, 9, 10, 11, 13, 18)], measure_phases, report_phases),
     "architectures": Experiment(
         "Accuracy against state and against parameters",
         dict(SMALL, BATCH_SIZE=32),                      # without a start some stay at chance
@@ -2708,14 +2711,12 @@ EXPERIMENTS = {
          *(dict(ARCHITECTURE="vsml", MODEL_SIZE=64, CELL_SIZE=n, GUIDED_START=False)
            for n in (4, 8)),
          *(dict(ARCHITECTURE="vsml_free", MODEL_SIZE=D, CELL_SIZE=8, GUIDED_START=True)
-           for D in (12, 16))],
-        measure_architectures, report_architectures),
+           for D in (12, 16))], measure_architectures, report_architectures),
     "plateau": Experiment(
         "Length of the plateau: filled where it was left, hollow where it was not",
         dict(SMALL, MLP_SIZE=256, STEPS=1200, DECAY_FRACTION=0.0, EVAL_SEQUENCES=256), [
             {**PLATEAU_BASE, **cell} for cells in PLATEAU_FACTORS.values()
-            for cell in cells.values()],
-        measure_plateau, report_plateau),
+            for cell in cells.values()], measure_plateau, report_plateau),
     "table": Experiment(
         "The paper's table, meta-trained on MNIST",
         dict(EVAL_DATASETS="auto,KMNIST?,Random,CIFAR10?,SVHN?"), [
@@ -2726,8 +2727,7 @@ EXPERIMENTS = {
             dict(ARCHITECTURE="maml", PROJECTION_SIZE=784, MODEL_SIZE=128, NUM_LAYERS=1,
                  STEPS=600, BATCH_SIZE=16, LEARNING_RATE=1e-3),
             dict(ARCHITECTURE="vsml", PROJECTION_SIZE=784, MODEL_SIZE=64, NUM_LAYERS=1,
-                 STEPS=600, BATCH_SIZE=16, LEARNING_RATE=4e-2)],
-        measure_table, report_table),
+                 STEPS=600, BATCH_SIZE=16, LEARNING_RATE=4e-2)], measure_table, report_table),
     "features": Experiment("Few-shot classification of classes that nothing was trained on",
                            AS_QUICK, [{}], measure_features, report_features),
     "algorithm": Experiment("Which classical learner does the trained model act like?",
@@ -2741,9 +2741,6 @@ def load_all(settings, device):
 
     Where "auto" can't have MNIST, rendered digits take its place, and a notice says so.
     """
-    if settings.VALIDATION_IMAGES < settings.NUM_EXAMPLES:
-        raise UserError(f"VALIDATION_IMAGES={settings.VALIDATION_IMAGES} is less than one sequence "
-                        f"of NUM_EXAMPLES={settings.NUM_EXAMPLES}.")
     notices, name = [], "MNIST" if settings.TRAIN_DATASET == "auto" else settings.TRAIN_DATASET
     try:
         whole = load_dataset(name, "train", settings, device)
@@ -2757,9 +2754,9 @@ def load_all(settings, device):
         whole = load_dataset(name, "train", settings, device)
     n = len(whole.y)
     kept = n - min(settings.VALIDATION_IMAGES, max(n // 4, settings.NUM_EXAMPLES))
-    if kept < settings.NUM_EXAMPLES:
-        raise UserError(f"{name} has {n} images to train on: too few for sequences of NUM_EXAMPLES="
-                        f"{settings.NUM_EXAMPLES}, with as many kept apart for validation.")
+    if min(kept, n - kept) < settings.NUM_EXAMPLES:
+        raise UserError(f"{name} has {kept} images to train on and {n - kept} for validation, see "
+                        f"VALIDATION_IMAGES; a sequence needs {settings.NUM_EXAMPLES} of either.")
     training = whole._replace(x=whole.x[:kept], y=whole.y[:kept])
     validation = whole._replace(x=whole.x[kept:], y=whole.y[kept:])
     return training, validation, load_tests(name, settings, device, notices), notices
@@ -2795,8 +2792,9 @@ def load_tests(name, settings, device, notices):
 
 def speed(model, training, settings, progress, precision, log):
     """Say and return how fast the steps were, beside what the machine could do."""
-    x, y = draw_sequences(training, settings.BATCH_SIZE, settings, ("speed",))
-    rate = flops(model, x, y) * progress["step"] / progress["seconds"] / processes()[1]
+    x, y = draw_sequences(training, 1, settings, ("speed",))
+    steps = progress["step"] * settings.BATCH_SIZE / processes()[1]      # of one sequence each
+    rate = flops(model, x, y) * steps / progress["seconds"]
     peak, drawing = matmul_rate(x.device, precision), progress["drawing_seconds"]
     log(f"\nTrained {progress['step']} steps in {progress['seconds']:.0f} s, "
         f"{drawing / progress['seconds']:.0%} of it to draw tasks; {rate:.3g} FLOP/s in matrix "
@@ -2825,12 +2823,11 @@ def run(preset, settings):
     model = make_model(settings).to(device)
     data = [("meta-training", training), ("validation", validation)] + [
         ("test", dataset) for dataset in {id(d): d for d, _ in tests.values()}.values()]
-    changed = [f", {k}={v}" for k, v in vars(settings).items() if v != default[k]]
     log(*notices, f"Device      {device.type} ({why}), {precision}; {machine(device)}", *(
         f"Data        {dataset.name}, {use}: {len(dataset.x):,} of {dataset.x.shape[1]} numbers, "
         f"{dataset.classes} classes" for use, dataset in data),
         f"Model       {sum(p.numel() for p in model.parameters()):,} parameters\n"
-        f"Settings    {preset}{''.join(changed)}\nRun folder  {folder}")
+        f"Settings    {', '.join([preset, *words])}\nRun folder  {folder}")
 
     report, final = folder / "results.json", folder / "model.pt"
     if report.exists() and final.exists():
@@ -2899,7 +2896,7 @@ def evaluate_checkpoint(settings, flags):
     seen = settings.NUM_TASKS if before == (settings.IMAGE_SIZE, device.type) else 0
     tests = load_tests(name, altered(settings, NUM_TASKS=seen), device, notices)
     folder = run_folder(settings, "-".join(["evaluation", *tests]), path.resolve(),
-                        sorted(vars(settings).items()))
+                        sorted(identity(vars(settings)).items()))
     log = log_to(folder / "log.txt")
     log(*notices, f"Device      {device.type} ({why}), {precision}\n"
         f"Model       {path}, meta-trained on {saved['trained_on']}\n"
@@ -2913,6 +2910,8 @@ def classify(settings):
     for name in ("TRAIN_FILE", "TEST_FILE"):
         if not getattr(settings, name):
             raise UserError(f"classify needs a {name}; add --{name}=path of a .csv or .npz file.")
+        if Path(getattr(settings, name)).resolve() == Path(settings.PREDICTIONS_FILE).resolve():
+            raise UserError(f"PREDICTIONS_FILE would replace {name}; give another name.")
     path = newest_checkpoint(settings)
     x, y, names = read_examples(settings.TRAIN_FILE, settings.LABEL_COLUMN)
     features = as_rows(x).shape[1]
@@ -2932,10 +2931,11 @@ def classify(settings):
           f"{settings.PREDICTIONS_FILE}")
     if labels is not None:
         labels = as_labels(labels, len(rows))
-        if not np.isin(labels.astype(str), classifier.classes_.astype(str)).any():
+        known, told, true = ([*map(plain, a)] for a in (classifier.classes_, predicted, labels))
+        if not {*known} & {*true}:
             raise UserError(f"none of TEST_FILE's labels ({labels[0]!s} ...) is one of the "
                             f"examples' ({', '.join(map(str, classifier.classes_))}).")
-        right = (predicted.astype(str) == labels.astype(str)).sum()
+        right = sum(a == b for a, b in zip(told, true))
         low, high = interval(right, len(rows))
         print(f"Accuracy     {100 * right / len(rows):.1f} % "
               f"(95 % interval {100 * low:.1f} to {100 * high:.1f})")

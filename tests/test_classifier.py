@@ -306,7 +306,7 @@ def test_bad_use_is_refused(model, tmp_path):
         InContextClassifier(model).fit(X, y.astype("M8[D]")).save(tmp_path / "c.pt")
     with pytest.raises(UserError, match="labels like 1970-01-01.* can't be saved"):
         InContextClassifier(model).fit(X, y.astype("M8[ns]")).save(tmp_path / "c.pt")
-    with pytest.raises(UserError, match="there is no checkpoint"):
+    with pytest.raises(UserError, match="can't read the checkpoint"):
         InContextClassifier("nowhere/model.pt").fit(X, y)
     paper = gpicl.InContextModel(gpicl.default_settings(**TINY, TOKEN_FORMAT="paper"))
     with pytest.raises(UserError, match="TOKEN_FORMAT=paper .* at most 11 examples"):
@@ -545,8 +545,87 @@ def test_evaluate_gives_the_curves_of_training_again_and_of_other_data(
         printed = capsys.readouterr().out
         assert row in printed and ("seen" in printed) == (not flags)
     assert "evaluate does not read STEPS" in fails([*command, "--STEPS=3"])
-    assert "there is no checkpoint" in fails(["evaluate", "--CHECKPOINT=nowhere.pt"])
+    assert "can't read the checkpoint" in fails(["evaluate", "--CHECKPOINT=nowhere.pt"])
     assert "truncated or not a checkpoint.\n" in fails(["evaluate", f"--CHECKPOINT={blobs}"])
+
+
+def test_labels_are_the_same_in_whatever_way_they_are_written(
+        model_file, tmp_path, capsys, fails, recwarn):
+    X = np.arange(24.0).reshape(12, 2) % 7
+    np.savez(tmp_path / "a.npz", x=X, y=[1.0, 2.0, 2.5] * 4)
+    np.savez(tmp_path / "b.npz", x=X[:2], y=np.array([1, 2]))
+    np.savez(tmp_path / "half.npz", x=X, y=np.array([1.0, 2.0, 2.5] * 4, np.float16))
+    np.savez(tmp_path / "bytes.npz", x=X, y=np.array([b"a", b"b", b"\xc3\xa9"] * 4))
+    words = write(tmp_path / "words.csv", [[*x, y] for x, y in zip(X, ["1.0", "2", "2.50"] * 4)])
+    odd = write(tmp_path / "odd.csv", [[1, 2, "unknown"], [3, 5, "1.0"]])
+    command = ["classify", f"--CHECKPOINT={model_file}", f"--PREDICTIONS_FILE={tmp_path}/p.csv"]
+    for train, test in (("a.npz", "b.npz"), ("a.npz", words), ("half.npz", "b.npz"),
+                        (words, "a.npz"), ("bytes.npz", "bytes.npz"), ("b.npz", odd)):
+        files = [f"--TRAIN_FILE={tmp_path / train}", f"--TEST_FILE={tmp_path / test}"]
+        assert gpicl.main([*command, *files, "--N_ENSEMBLE=1"]) == 0
+        assert "Accuracy" in capsys.readouterr().out
+    assert gpicl.plain("1") == gpicl.plain(np.float16(1)) == "1.0" != gpicl.plain("01") == "01"
+    assert not [warning for warning in recwarn if "overflow" in str(warning.message)]
+    own = [f"--TRAIN_FILE={tmp_path}/a.npz", f"--TEST_FILE={tmp_path}/p.csv"]
+    (tmp_path / "p.csv").write_text("mine")
+    assert "PREDICTIONS_FILE would replace TEST_FILE" in fails([*command, *own])
+    assert (tmp_path / "p.csv").read_text() == "mine"
+
+
+def test_a_first_row_with_a_hole_is_no_header_of_a_test(tmp_path):
+    hole = write(tmp_path / "hole.csv", [["NA", 3], [1, 2]])
+    with pytest.raises(UserError, match="'NA' in line 1, column 1, is not a number"):
+        gpicl.read_csv(hole, "last", features=2)
+    worded = write(tmp_path / "worded.csv", [["a", "b"], [1, 2]])        # of examples in an .npz
+    assert gpicl.read_csv(worded, "last", features=2)[0].tolist() == [[1, 2]]
+
+
+def test_a_folder_is_no_damaged_checkpoint(tmp_path, fails):
+    error = fails(["evaluate", f"--CHECKPOINT={tmp_path}"])
+    assert "can't read the checkpoint" in error and "Is a directory" in error
+
+
+def test_columns_in_another_order_are_refused(model):
+    class Frame(np.ndarray):                             # as much of pandas' as matters
+        pass
+
+    X, y = table()
+    X, turned, other = X.view(Frame), X[:, ::-1].view(Frame), X.view(Frame)
+    X.columns, turned.columns, other.columns = [*"abcdef"], [*"fedcba"], [*"abcdef"]
+    fitted = InContextClassifier(model, 1).fit(X, y)
+    assert np.array_equal(fitted.predict(other), fitted.predict(np.asarray(X)))
+    with pytest.raises(UserError, match="X has the columns .*'f', 'e'.* the examples .*'a', 'b'"):
+        fitted.predict(turned)
+
+
+def test_a_failed_fit_changes_nothing(model):
+    X, y = table()
+    fitted = InContextClassifier(model, 1).fit(X, y)
+    before = fitted.predict(X)
+    with pytest.raises(UserError):
+        fitted.set_params(model="missing.pt").fit(X[:9], y[:9] + 1)
+    assert np.array_equal(fitted.predict(X), before)
+
+
+def test_an_array_that_can_not_be_made_is_a_sentence(model):
+    class Broken:
+        def __array__(self, *_, **__):
+            raise RuntimeError("no array of this")
+
+    with pytest.raises(UserError, match="can't be read as an array of numbers .no array of this"):
+        InContextClassifier(model, 1).fit(Broken(), [0, 1])
+
+
+def test_a_scaling_from_a_parameter_grid_can_be_saved(model, tmp_path):
+    X, y = table()
+    grid = np.array(["shared", "columns"])
+    InContextClassifier(model, 1, scaling=grid[1]).fit(X, y).save(tmp_path / "c.pt")
+    assert InContextClassifier.load(tmp_path / "c.pt").scaling == "columns"
+
+
+def test_data_without_any_length_are_no_traceback():
+    gram, y = torch.zeros(2, 6, 6), torch.arange(10).view(2, 5) % 3
+    assert all(label.shape == (2,) for label in gpicl.classical_labels(gram, y).values())
 
 
 def test_a_byte_order_mark_and_tabs_are_read(tmp_path):

@@ -2,8 +2,10 @@
 
 import csv
 import gzip
+import importlib.util
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -28,12 +30,12 @@ SCRIPT = ROOT / "gpicl_minimal_replication.py"
     ("--XYZZY=5", "expected one of SEED, DEVICE"),
     ("quik", "did you mean quick?"),
     ("--STEPS", "write --STEPS=value"),
-    ("--STEPS=many", "expected a whole number, such as"),
+    ("--STEPS=many", "expected a whole number, 1 or more"),
     ("--STEPS=1.5", "expected a whole number"),
     ("--STEPS=__import__('os')", "expected a whole number"),
     ("--STEPS=9**99", "expected a whole number"),
-    ("--STEPS=0", "expected 1 or more"),
-    ("--BATCH_SIZE=-1", "expected 1 or more"),
+    ("--STEPS=0", "expected a whole number, 1 or more"),
+    ("--BATCH_SIZE=-1", "expected a whole number, 1 or more"),
     ("--LEARNING_RATE=fast", "expected a number"),
     ("--LEARNING_RATE=nan", "expected a number from 0 to 1e30"),
     ("--LEARNING_RATE=inf", "expected a number from 0 to 1e30"),
@@ -43,12 +45,12 @@ SCRIPT = ROOT / "gpicl_minimal_replication.py"
     ("--OPTIMIZER=sgdd", "expected one of muon, adamw"),
     ("--DEVICE=tpu", "expected one of auto, cuda, mps, cpu"),
     ("--MODEL_SIZE=100", "a multiple of NUM_HEADS"),
-    ("--NUM_EXAMPLES=1", "expected 2 or more"),
+    ("--NUM_EXAMPLES=1", "expected a whole number, 2 or more"),
     ("--ADAM_BETA2=1", "below 1"),
     ("--ADAM_EPSILON=0", "expected a number above 0"),
     ("--TRAIN_DATASET=RenderedDigit", "did you mean RenderedDigits?"),
     ("--TRAIN_DATASET=mnist", "did you mean MNIST?"),
-    ("--VALIDATION_IMAGES=50", "less than one sequence"),
+    ("--VALIDATION_IMAGES=50", "50 for validation, see VALIDATION_IMAGES"),
 ])
 def test_wrong_settings(flag, expected, fails):
     arguments = [flag, "--NUM_HEADS=8"] if "MODEL_SIZE" in flag else [flag]
@@ -118,6 +120,48 @@ def test_every_constant_at_the_top_is_a_setting_with_a_comment():
     source = SCRIPT.read_text()
     block = source[source.index("- settings\n"):source.index("PRESETS = {")]
     assert re.findall(r"^([A-Z_0-9]+) =", block, re.MULTILINE) == list(gpicl.setting_comments())
+
+
+def test_edited_constants_are_of_their_settings_kind():
+    assert all(type(getattr(gpicl, name)) is gpicl.KINDS.get(name, gpicl.OTHERS)[0]
+               for name in gpicl.setting_comments())
+    edited = gpicl.default_settings(STEPS=1e4, WEIGHT_DECAY=0, LEARNING_RATE=1)
+    gpicl.check_settings(edited)
+    assert repr((edited.STEPS, edited.WEIGHT_DECAY, edited.LEARNING_RATE)) == "(10000, 0.0, 1.0)"
+    for name, value, words in (
+            ("COMPARE_IMAGES", "False", "True or False"), ("COMPARE_IMAGES", 0, "True or False"),
+            ("STEPS", "3", "a whole number"), ("STEPS", None, "a whole number"),
+            ("STEPS", math.nan, "a whole number"), ("STEPS", True, "a whole number"),
+            ("LEARNING_RATE", 10**400, "a number from 0"), ("SHOTS", 5, "a text in quotes"),
+            ("EVAL_DATASETS", ["MNIST"], "a text"), ("OUT_DIR", ROOT, "a text in quotes")):
+        with pytest.raises(gpicl.UserError, match=f"^{name} is .*; expected {words}"):
+            gpicl.check_settings(gpicl.default_settings(**{name: value}))
+
+
+def test_a_constant_stays_a_setting_without_its_comment(tmp_path):
+    text = SCRIPT.read_text()
+    for i, line in enumerate(("STEPS = 7", "STEPS=7 # mine", "STEPS  =  7   #")):
+        path = tmp_path / f"edited{i}.py"
+        path.write_text(re.sub("^STEPS = .*$", line, text, count=1, flags=re.MULTILINE))
+        spec = importlib.util.spec_from_file_location(f"edited{i}", path)
+        edited = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(edited)
+        assert edited.read_settings(["--BATCH_SIZE=3"])[1].STEPS == 7
+        assert [*edited.setting_comments()] == [*gpicl.setting_comments()]
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file.csv").write_text("")
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    for path in ("file.csv/p.csv", "n" * 300 + ".csv", "loop.csv", "none/p.csv"):
+        with pytest.raises(gpicl.UserError, match="can't write THIS: "):
+            gpicl.write_csv(tmp_path / path, [["a"]], "THIS")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.csv", "loop.csv"]
+
+
+def test_names_of_files_that_are_no_text_can_be_written(blobs):
+    name = os.fsdecode(b"caf\xe9")
+    assert gpicl.as_dataset(name, blobs.x.numpy(), blobs.y.numpy(), 8, "cpu").name == "caf?"
 
 
 def test_unavailable_device(fails, monkeypatch):
@@ -193,7 +237,7 @@ def test_unknown_and_unusable_data_sets(tiny_flags, fails, tmp_path, blobs):
     assert "x has shape" in error(x=x[..., :0], y=y)
     assert "can't be read" in error(x=np.array([{}] * 600, object), y=y)
     assert "expected numbers" in error(x=np.full((600, 4), "a"), y=y)
-    assert "too few" in error(x=x[:20], y=y[:20])
+    assert "7 images to train on and 12 for" in error(x=x[:20], y=y[:20])
     assert "row 3 has NaN" in error(x=x, y=np.where(np.arange(600) == 2, np.nan, y))
 
 

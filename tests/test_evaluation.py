@@ -146,3 +146,15 @@ def test_averaged_are_the_probabilities_for_the_same_sequences(blobs, tiny):
     assert gpicl.count_averaged_hits(model, blobs, 64, tiny(AVERAGED_PASSES=3), "fp32") == 64
     (_, y), = gpicl.evaluation_batches(blobs, 64, tiny())
     assert all(torch.equal(some, (y[:, :-1] == y[:, -1:]).sum(1)) for some in model.seen)
+
+
+def test_logits_that_are_not_finite_are_told_in_every_test(blobs, tiny):
+    settings = tiny(AVERAGED_PASSES=2)
+    model = gpicl.InContextModel(settings)
+    torch.nn.init.constant_(model.head.weight, torch.nan)
+    x, y = gpicl.draw_sequences(blobs, 4, settings, ("test",))
+    for ask in (lambda: gpicl.count_hits(model, blobs, 8, settings, "fp32"),
+                lambda: gpicl.count_averaged_hits(model, blobs, 8, settings, "fp32"),
+                lambda: gpicl.last_predictions(model, x, y, "fp32")):
+        with pytest.raises(gpicl.UserError, match="logits are not finite"):
+            ask()

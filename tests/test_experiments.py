@@ -147,11 +147,13 @@ def test_a_stopped_sweep_says_so_and_keeps_its_runs(number, rendered_dir, tmp_pa
      "phases does not read CHECKPOINT; these do: evaluate, classify."),
     (["phases", "--MODEL_SIZE=31"], "multiple of NUM_HEADS"),
     (["phases", "--LEARNING_RATE=1e30"], "(in the run {'ARCHITECTURE': 'transformer',"),
-    (["features", "--SHOTS=many"], "and numbers of examples such as 1,5"),
-    (["features", "--WAYS=30"], "at most 10 ways"),
+    (["features", "--SHOTS=many"], "expected numbers of examples such as 1,5"),
+    (["features", "--WAYS=30"], "from 1 to 10"),
     (["features", "--SHOTS=1", "--IMAGE_SIZE=3"],
      "expected NUM_EXAMPLES=12 or more, of IMAGE_SIZE=4"),
     (["algorithm", "--ARCHITECTURE=maml"], "maml answers after all examples only"),
+    (["plateau", "--ARCHITECTURE=maml"], "maml answers after all examples only"),
+    (["plateau", "--EVAL_DATASETS=Random"], "plateau does not read EVAL_DATASETS"),
     (["features", "--FEATURES_FILE=none.npz"], "there is no file none.npz"),
     (["--ATTENTION_SCALE=0"], "expected a number above 0"),
     (["--GRADIENT_CLIP=0"], "expected a number above 0"),
@@ -312,6 +314,33 @@ def test_phases_are_told_where_the_whole_interval_is_above_ten_points():
                      (8, (0.11, 0.2)), (16, (0.3, 0.31))) for p in few]
     lines = gpicl.report_phases(rows, Figure())
     assert "  unseen tasks: 95 % interval above 10 points with 16 tasks" in lines
+
+
+def test_models_of_other_settings_are_no_more_seeds():
+    rows = [dict(ARCHITECTURE=name, LEARNING_RATE=rate, SEED=seed, tested_on="MNIST", state=8,
+                 parameters=9, accuracy=rate)
+            for name in ("lstm", "mlp") for rate in (0.1, 0.3) for seed in (0, 1)]
+    lines = gpicl.report_architectures(rows, Figure())
+    assert [re.search(r"MNIST +(.*)", line)[1] for line in lines[:4]] == [
+        "10.0 ± 0.0", "30.0 ± 0.0"] * 2
+
+
+@pytest.mark.parametrize("flags, shown, hidden", [
+    ({}, ["AdamW, 1e-08", "2**6", "random", "zero outputs"], []),
+    (dict(LEARNING_RATE=2e-3), ["AdamW, 1e-08", "Muon"], []),
+    (dict(OUTPUT_STD=0.5), ["comparing"], []),
+    (dict(GUIDED_START=True), ["comparing", "zero outputs"], ["random"]),
+    (dict(BATCH_SIZE=32), ["32"], ["128"])])
+def test_plateau_tells_of_every_run_that_flags_leave(flags, shown, hidden):
+    cells = [{**gpicl.PLATEAU_BASE, **cell, **flags} for cells in gpicl.PLATEAU_FACTORS.values()
+             for cell in cells.values()]
+    rows = [dict(cell, SEED=0, tested_on="unseen tasks", length=40, left=True, steps=60)
+            for i, cell in enumerate(cells) if cell not in cells[:i]]
+    figure = Figure()
+    lines = "\n".join(gpicl.report_plateau(rows, figure))
+    ticks = [label.get_text() for panel in figure.axes for label in panel.get_xticklabels()]
+    assert all(word in ticks and f" {word}" in lines for word in shown)
+    assert not any(word in ticks for word in hidden)
 
 
 def test_a_run_has_training_and_test_sequences_of_its_own(blobs, tiny, monkeypatch):
