@@ -12,8 +12,7 @@ becomes a learning algorithm: its accuracy rises with the number of examples in 
 a gradient step, on tasks and on whole data sets that it has never seen.
 
     python gpicl_minimal_replication.py                      meta-train on MNIST, test, plot
-    python gpicl_minimal_replication.py quick                the same with 600 steps
-    python gpicl_minimal_replication.py plain                a Transformer with nothing built in
+    python gpicl_minimal_replication.py quick                the same with 600 steps (see "Presets")
     python gpicl_minimal_replication.py --SEED=3 --BATCH_SIZE=2**6     any setting, by its own name
     python gpicl_minimal_replication.py evaluate ...         the curves of a trained model, any data
     python gpicl_minimal_replication.py classify ...         label the rows of a file by another's
@@ -26,6 +25,7 @@ sequence             D = ((x_1, y_1) ... (x_T, y_T)), one data set shown in cont
 meta-training        minimise the loss of every prediction, averaged over tasks      (Eq. 2)
 meta-test            accuracy after n examples, no weight changes                    (Sec. 4)
 
+The paper is in the sections "tasks" to "evaluation"; what follows serves use and more experiments.
 Letters for dimensions: B sequences, T examples in a sequence, N pixels of an image, P numbers of a
 projected image, D model size, H heads, C classes.
 """
@@ -84,6 +84,7 @@ NUM_EXAMPLES = 100           # examples in a sequence: the last is predicted aft
 PROJECTION_SIZE = 3072       # numbers that the random projection turns an image into (as paper)
 READ_SIZE = 64               # how many of them a token holds (beside cosines), or VSML trains on
 BIASED_FRACTION = 0.0        # share of each batch with one fixed label permutation
+MERGED_FRACTION = 0.2        # share of each batch with classes merged into 2 to 9 (fresh tasks)
 
 # Model
 ARCHITECTURE = "transformer"  # lstm, outer_lstm, deltanet, mlp, vsml, vsml_free, maml
@@ -138,10 +139,10 @@ RESULTS_DIR = "results"      # the tables and figures of the experiments
 PRESETS = {
     "default": {},
     "quick": dict(STEPS=600, ROW_EVERY=100),
-    "large": dict(STEPS=12000, ROW_EVERY=1000),          # longer: wider models learnt no more
+    "large": dict(STEPS=12000, ROW_EVERY=1000, MERGED_FRACTION=0.0),     # longer, not wider
     "plain": dict(COMPARE_IMAGES=False, RIDGE_ATTENTION=False, GUIDED_START=False, STEPS=1500,
                   LEARNING_RATE=3e-3, PROJECTION_SIZE=384, MODEL_SIZE=512, NUM_LAYERS=3,
-                  MLP_SIZE=1024),                        # nothing built in
+                  MLP_SIZE=1024, MERGED_FRACTION=0.0),   # nothing built in
     "paper": dict(IMAGE_SIZE=32, NUM_TASKS=2**25, BIASED_FRACTION=0.9, TOKEN_FORMAT="paper",
                   GUIDED_START=False, OUTPUT_STD=1.0, MODEL_SIZE=256, NUM_LAYERS=4, NUM_HEADS=8,
                   MLP_SIZE=1024, OPTIMIZER="adamw", BATCH_SIZE=128, STEPS=2**18,
@@ -183,7 +184,7 @@ KINDS = {name: kind for *kind, names in (
         "SEED", "EVAL_SEED", "NUM_TASKS", "WARMUP_STEPS", "AVERAGED_PASSES", "WORKERS")),
     (int, 2, 2**62, "a whole number, 2 or more", ("NUM_EXAMPLES",)),
     (int, 1, C, f"a whole number from 1 to {C}", ("WAYS",)),
-    (float, 0, 1, "a share from 0 to 1", ("BIASED_FRACTION", "DECAY_FRACTION")),
+    (float, 0, 1, "a share from 0 to 1", ("BIASED_FRACTION", "MERGED_FRACTION", "DECAY_FRACTION")),
     (float, 0, 1 - 1e-9, "a share below 1", ("ADAM_BETA2",)),
     (float, 1e-30, 1e30, "a number above 0", ("ATTENTION_SCALE", "GRADIENT_CLIP", "ADAM_EPSILON")),
     (float, 0, 1e30, "a number from 0 to 1e30", (
@@ -301,12 +302,14 @@ def draw_images(dataset, n_sequences, length, generator):
     return chosen
 
 
-def draw_sequences(dataset, n_sequences, settings, key, num_tasks=0, biased_fraction=0.0):
+def draw_sequences(dataset, n_sequences, settings, key, num_tasks=0, biased=0.0, merged=0.0):
     """Return x (B, T, P) and y (B, T): sequences, each a task applied to its own random images.
 
     A pure function of its arguments: `key` names the place in the random stream. With `num_tasks`
     the tasks are picked from that many fixed ones, else each is fresh (and x perhaps narrower, see
-    project_afresh). The first `biased_fraction` of them share one label permutation (Sec. 4.5).
+    project_afresh). The first share, `biased`, has one label permutation (Sec. 4.5). In the last,
+    `merged`, rho merges the classes at random into 2 to 9 (not in the paper): who only ever met
+    ten, as frequent all, is lost with three, or where one is rare (results/recipe.md).
     """
     device, generator = dataset.x.device, stream(dataset.x.device, *key)
     chosen = draw_images(dataset, n_sequences, settings.NUM_EXAMPLES, generator)
@@ -320,7 +323,11 @@ def draw_sequences(dataset, n_sequences, settings, key, num_tasks=0, biased_frac
     else:
         x = project_afresh(span(images), settings, generator)
         rho = torch.rand(n_sequences, C, generator=generator, device=device).argsort(1)
-    rho[:round(biased_fraction * n_sequences)] = torch.arange(C, device=device)
+        if n := round(merged * n_sequences):
+            few = torch.randint(2, C, (n, 1), generator=generator, device=device)
+            into = torch.rand(n, C, generator=generator, device=device) * few
+            rho[-n:] = rho[-n:].gather(1, into.long())
+    rho[:round(biased * n_sequences)] = torch.arange(C, device=device)
     return x, rho.gather(1, labels)
 
 
@@ -431,8 +438,7 @@ class Attention(nn.Module):
     projections of the images, wider than the stream and tied; or, with TOKEN_FORMAT "paper", its
     heads look at the token before, whose image the label belongs to.
     With RIDGE_ATTENTION every head adds a learnt multiple (at first one in layer 1, zero in others)
-    of a kernel ridge regression of its values, on the cosines of the images or of their learnt
-    projections: where the labels it saw lie, by least squares instead of likeness.
+    of a kernel ridge regression of its values, on the cosines of images or learnt projections.
     """
 
     def __init__(self, settings, first):
@@ -556,235 +562,6 @@ class InContextModel(nn.Module):
         return self.head(norm(h))
 
 
-# ----------------------------------------------------------------------- the other architectures
-# Each stands in a Block where attention stands, behind the same call: h (B, T, D) to (B, T, D),
-# nothing from later examples.
-class LSTM(nn.Module):
-    """Long short-term memory (Hochreiter and Schmidhuber 1997): torch's own."""
-
-    def __init__(self, settings, first):
-        super().__init__()
-        self.lstm = nn.LSTM(settings.MODEL_SIZE, settings.MODEL_SIZE, batch_first=True)
-
-    def forward(self, h, around):
-        with torch.autocast(h.device.type, enabled=False):               # CUDA's would be in fp16
-            return self.lstm(h.float())[0]
-
-    def hold_class_means(self, told, free):
-        """Two cells for each class and direction take in the labelled image along that direction,
-        and let out through the query's place, one with each sign: the differences of a class's
-        pairs add up to how like it the query is. What cells are left stay as they are.
-        """
-        D, half = told.shape[1], len(free)
-        m = D // (2 * C) if half > 2 * C else 0          # so many directions
-        image = F.normalize(torch.randn(m, half) @ free, dim=1).repeat_interleave(2, 0).repeat(C, 1)
-        n, told = 2 * C * m, told.repeat_interleave(2 * m, 0)
-        sign = torch.tensor([1.0, -1.0]).repeat(n // 2)[:, None]
-        for parameter in self.lstm.parameters():
-            parameter.view(4, D, -1)[:, :n] = 0
-        weights, biases = self.lstm.weight_ih_l0.view(4, D, D), self.lstm.bias_ih_l0.view(4, D)
-        weights[0, :n], biases[0, :n] = 22 * told, -8    # input gate, forget gate, cell, output
-        weights[1, :n], biases[1, :n] = -9.5 * told, 8
-        weights[2, :n, half:], weights[3, :n, :half] = image, 2 * sign * image
-
-
-class OuterProductLSTM(nn.Module):
-    """An LSTM whose cell is a matrix per head, written to by outer products: fast weights.
-
-    C_t = f * C_t-1 + (i * tanh v) (tanh k)',  h_t = o * C_t tanh q, each of f, i, o, v, k, q linear
-    in the input and in h_t-1; f, i and o through a sigmoid (as in the paper).
-    """
-
-    def __init__(self, settings, first):
-        super().__init__()
-        self.size, self.heads = settings.MODEL_SIZE, settings.NUM_HEADS
-        self.input = nn.Linear(self.size, 6 * self.size)
-        self.recurrent = nn.Linear(self.size, 6 * self.size, bias=False)
-        nn.init.constant_(self.input.bias[:self.size], 2.0)              # at first it remembers
-
-    def forward(self, h, around):
-        B, T, D = h.shape
-        out, width, outputs = torch.zeros_like(h[:, 0]), D // self.heads, []
-        cell = h.new_zeros(B, self.heads, width, width)
-        for step in self.input(h).unbind(1):
-            gates = (step + self.recurrent(out)).view(B, 6, self.heads, width, 1)
-            f, i, o = gates[:, :3].sigmoid().unbind(1)
-            k, v, q = gates[:, 3:].tanh().unbind(1)
-            cell = f * cell + (i * v) @ k.mT
-            out = (o * (cell @ q)).reshape(B, D)
-            outputs.append(out)
-        return torch.stack(outputs, 1)
-
-    def hold_class_means(self, told, free):
-        """Each head's cell has a row for each class (while there are rows): the labelled image is
-        its key, and the query's, along the same directions, reads it.
-        """
-        nn.init.zeros_(self.recurrent.weight)
-        half, weights = len(free), self.input.weight.zero_().view(6, self.heads, -1, self.size)
-        biases = self.input.bias.zero_().view(6, self.heads, -1)         # f, i, o, k, v, q
-        image = F.normalize(torch.randn(self.size, half) @ free, dim=1).view(self.heads, -1, half)
-        for gate, slope, bias in ((0, -9.5, 8), (1, 22, -8)):
-            weights[gate, :, :C], biases[gate, :, :C] = slope * told[:image.shape[1]], bias
-        biases[2], biases[4, :, :C] = 2, 3
-        weights[3, ..., half:] = weights[5, ..., :half] = image
-
-
-@torch.no_grad()
-def start_with_class_means(layer, embed_label):
-    """Make a recurrent layer start with running means of each class: then it is nearest centroid.
-
-    Its input (D) is a pair token, whose label embed_label (D, C) wrote: told (C, D) reads it, and
-    free (D / 2, D / 2) leaves of an image's place what no label writes to (while there is such).
-    The label opens the input gates of its class's cells, and they forget a quarter.
-    """
-    half = len(embed_label) // 2
-    label = torch.cat([embed_label[:half], embed_label[half:]], 1)       # in either image's place
-    free = torch.eye(half) - (half > 2 * C) * label @ torch.linalg.pinv(label)
-    layer.hold_class_means(torch.linalg.pinv(embed_label), free)
-
-
-class GatedDeltaNet(nn.Module):
-    """Linear attention that overwrites: the gated delta rule (Yang, Kautz, Hatamizadeh 2024).
-
-    S_t = a_t S_t-1 + b_t (v_t - a_t S_t-1 k_t) k_t',  out_t = S_t q_t, with unit keys and queries.
-    Evaluated in chunks: within a chunk all steps are one triangular system.
-    """
-
-    def __init__(self, settings, first, chunk=32):
-        super().__init__()
-        self.size, self.heads, self.chunk = settings.MODEL_SIZE, settings.NUM_HEADS, chunk
-        self.qkv = nn.Linear(self.size, 3 * self.size, bias=False)
-        self.gates = nn.Linear(self.size, 2 * self.heads)
-        nn.init.constant_(self.gates.bias[self.heads:], 5.0)             # at first it remembers
-        self.out = residual_output(self.size, self.size, settings)
-
-    def forward(self, h, around):
-        B, T, D = h.shape
-        with torch.autocast(h.device.type, enabled=False):
-            h = h.float()
-            q, k, v = self.qkv(h).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-            write, keep = self.gates(h).view(B, T, 2, self.heads).permute(2, 0, 3, 1)
-            mixed = delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, write.sigmoid(),
-                               F.logsigmoid(keep), self.chunk)
-            return self.out(norm(mixed).transpose(1, 2).reshape(B, T, D))
-
-
-def delta_rule(q, k, v, write, log_keep, chunk):
-    """Return S_t q_t (..., T, d) of the gated delta rule for q, k, v (..., T, d), gates (..., T).
-
-    With g_t the product of a up to t, S_t = g_t S_0 + sum_s<=t (g_t / g_s) u_s k_s', where the
-    writes u solve (I + L) U = b (V - g K S_0'), L_ts = b_t (g_t / g_s) k_t k_s' for s < t.
-    """
-    state, outputs = k.new_zeros(*k.shape[:-2], k.shape[-1], k.shape[-1]), []
-    for q, k, v, b, log_g in zip(*(a.split(chunk, -2) for a in (
-            q, k, v, write[..., None], log_keep[..., None]))):
-        log_g = log_g.cumsum(-2)
-        passed = (log_g - log_g.mT).tril().exp().tril()                  # g_t / g_s for s <= t
-        lower = (b * passed * (k @ k.mT)).tril(-1)
-        u = torch.linalg.solve_triangular(
-            lower, b * (v - log_g.exp() * (k @ state.mT)), upper=False, unitriangular=True)
-        outputs.append(log_g.exp() * (q @ state.mT) + (passed * (q @ k.mT)) @ u)
-        left = (log_g[..., -1:, :] - log_g).exp()
-        state = log_g[..., -1:, :].exp() * state + (left * u).mT @ k
-    return torch.cat(outputs, -2)
-
-
-MIXERS = {"transformer": Attention, "mlp": None, "lstm": LSTM, "outer_lstm": OuterProductLSTM,
-          "deltanet": GatedDeltaNet}
-
-
-class VSML(nn.Module):
-    """Variable shared meta-learning (Kirsch and Schmidhuber 2021): weights that are tiny LSTMs.
-
-    Between every input a and output b is an LSTM with a state of CELL_SIZE, all with the same few
-    parameters. It gets messages from both and sends some back. "vsml": the inputs are the numbers
-    of A x_i, the outputs are the classes; their order makes no difference: the symmetries of a
-    learning algorithm are built in. Nor does their number: meta-training is on READ_SIZE inputs,
-    which is quicker, meta-test on all. "vsml_free": learnt matrices at inputs and outputs break the
-    symmetries (as in the paper); with GUIDED_START they start as a projection and as identities.
-    """
-
-    def __init__(self, settings):
-        super().__init__()
-        n, self.settings, self.free = settings.CELL_SIZE, settings, "free" in settings.ARCHITECTURE
-        images = 2 if settings.TOKEN_FORMAT == "pairs" else 1            # in a token
-        self.outputs = size = settings.MODEL_SIZE if self.free else C
-        self.into = self.told = self.head = nn.Identity()
-        if self.free:                                    # with as many inputs as outputs
-            self.into = nn.Linear(images * settings.PROJECTION_SIZE, images * size)
-            self.told = nn.Linear(2 * C, 2 * size)
-            self.head = nn.Linear(size, C)
-            if settings.GUIDED_START:                    # as with the symmetries, of fewer numbers
-                for layer in (self.into, self.told, self.head):
-                    nn.init.zeros_(layer.bias)
-                nn.init.eye_(self.told.weight)
-                nn.init.eye_(self.head.weight)
-                few = torch.randn(size, settings.PROJECTION_SIZE)
-                self.into.weight.data = torch.kron(F.normalize(few), torch.eye(images))
-        self.forward_message = nn.Linear(images, 4 * n)
-        self.backward_message = nn.Linear(2, 4 * n)
-        self.recurrent = nn.Linear(n, 4 * n, bias=False)
-        self.up = nn.Linear(n, 1, bias=False)
-
-    def forward(self, x, y):
-        """Return logits (B, T, C) for x (B, T, P) and y (B, T), one example after another."""
-        if torch.is_grad_enabled() and not self.free:
-            x = x[..., :self.settings.READ_SIZE]
-        seen = torch.stack([x, shift(x, 1)][:self.forward_message.in_features], -1)
-        seen = self.into(seen.flatten(2)).unflatten(2, (-1, seen.shape[-1]))
-        # A state's numbers stand first and the inputs last, so that all arithmetic is on long rows.
-        messages = self.forward_message(seen).permute(1, 3, 0, 2).contiguous()     # (T, 4 n, B, A)
-        labels = shift(F.one_hot(y, C).to(x.dtype), 1)
-        cell = h = x.new_zeros(self.settings.CELL_SIZE, self.outputs, *messages.shape[2:])
-        logits, outputs = x.new_zeros(len(x), C), []
-        for message, label in zip(messages, labels.unbind(1)):
-            back = torch.stack([label, logits.softmax(-1) * label.sum(-1, keepdim=True)], -1)
-            back = self.told(back.flatten(1)).unflatten(1, (-1, 2))
-            back = self.backward_message(back).permute(2, 1, 0)[..., None]
-            gates = (self.recurrent.weight @ h.flatten(1)).view(-1, *h.shape[1:])
-            f, i, o, new = (gates + message[:, None] + back).chunk(4)
-            cell = (f + 2).sigmoid() * cell + i.sigmoid() * new.tanh()
-            h = o.sigmoid() * cell.tanh()
-            logits = self.head(self.up(h.sum(-1).permute(2, 1, 0))[..., 0] / h.shape[-1]**0.5)
-            outputs.append(logits)
-        return torch.stack(outputs, 1)
-
-
-class MAML(nn.Module):
-    """Model-agnostic meta-learning (Finn, Abbeel, Levine 2017): a start to descend from.
-
-    Learnt are the first weights of a network with one hidden layer, and a rate for every tensor and
-    step (Antoniou et al. 2019). Some steps of gradient descent on the context adapt the weights;
-    the adapted network answers the queries: the last quarter of the sequence in meta-training, else
-    the last example. All logits before are zero, which is no answer.
-    """
-
-    def __init__(self, settings, steps=5):
-        super().__init__()
-        self.settings, inputs, hidden = settings, settings.PROJECTION_SIZE, settings.MODEL_SIZE
-        shapes = (inputs, hidden), (1, hidden), (hidden, C), (1, C)
-        self.start = nn.ParameterList(
-            torch.randn(shape) * (shape[0] > 1) * (2 / shape[0])**0.5 for shape in shapes)
-        self.log_rates = nn.Parameter(torch.full((steps, len(shapes)), math.log(0.1)))
-
-    def forward(self, x, y):
-        """Return logits (B, T, C) for x (B, T, P) and y (B, T)."""
-        T, training = x.shape[1], torch.is_grad_enabled()
-        n = T - max(1, T // 4) if training else T - 1
-
-        def net(x, w, b, v, c):
-            return (x @ w + b).relu() @ v + c
-
-        with torch.enable_grad():
-            weights = [w.expand(len(x), *w.shape) for w in self.start]
-            for rates in self.log_rates.exp():
-                loss = F.cross_entropy(net(x[:, :n], *weights).flatten(0, 1), y[:, :n].flatten(),
-                                       reduction="sum") / n
-                slopes = torch.autograd.grad(loss, weights, create_graph=training)
-                weights = [w - rate * s for w, rate, s in zip(weights, rates, slopes)]
-        return F.pad(net(x[:, n:], *weights), (0, 0, n, 0))
-
-
 def check_context(model, n):
     """Raise UserError if n examples are more than a model has learnt positions for."""
     positions = getattr(model, "positions", None)
@@ -900,7 +677,7 @@ def training_batch(dataset, step, settings, precision):
     products, former = torch.backends.mkldnn.matmul, torch.backends.mkldnn.matmul.fp32_precision
     products.fp32_precision = "bf16" if precision == "bf16" else former
     batch = draw_sequences(dataset, settings.BATCH_SIZE, settings, ("train", settings.SEED, step),
-                           settings.NUM_TASKS, settings.BIASED_FRACTION)
+                           settings.NUM_TASKS, settings.BIASED_FRACTION, settings.MERGED_FRACTION)
     products.fp32_precision = former
     return batch
 
@@ -1289,8 +1066,7 @@ class InContextClassifier:
         if not hasattr(self, "examples_"):
             raise UserError("this classifier has no examples yet; call fit(X, y) first.")
         labels = [np.asarray(label).item() for label in self.examples_[1]]
-        if self.classes_.dtype.kind in "mM" or not all(
-                isinstance(label, (str, int, float)) for label in labels):
+        if self.classes_.dtype.kind in "mM" or {*map(type, labels)} - {str, int, float, bool}:
             raise UserError(f"labels like {self.classes_[0]} can't be saved; use words or numbers.")
         params = {name: np.asarray(value).item()         # NumPy's numbers would not load
                   for name, value in self.get_params().items() if name != "model"}
@@ -1335,8 +1111,7 @@ def as_labels(y, n):
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the labels can't be read, one per row ({error}).") from None
     if y.shape != (n,):
-        raise UserError(f"there are {n} rows and labels of shape {y.shape}; expected one label per "
-                        "row.")
+        raise UserError(f"{n} rows, but labels of shape {y.shape}; expected one label per row.")
     return y
 
 
@@ -1831,10 +1606,7 @@ def processes():
 
 @contextlib.contextmanager
 def joined_processes(settings):
-    """Join the processes that torchrun started, if it did, and leave them at the end."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield
-        return
+    """Join the processes that torchrun started, and leave them at the end."""
     kind = choose_device(settings.DEVICE)[0].type
     if kind == "mps":
         raise UserError("several processes can't share MPS; use --DEVICE=cpu, or one process.")
@@ -2039,6 +1811,235 @@ def help_text():
                       "Commands, with the settings that they read", *commands, "",
                       "Experiments, with small settings of their own", *experiments, "",
                       "Settings: --NAME=value", *settings])
+
+
+# ----------------------------------------------------------------------- the other architectures
+# Each stands in a Block where attention stands, behind the same call: h (B, T, D) to (B, T, D),
+# nothing from later examples.
+class LSTM(nn.Module):
+    """Long short-term memory (Hochreiter and Schmidhuber 1997): torch's own."""
+
+    def __init__(self, settings, first):
+        super().__init__()
+        self.lstm = nn.LSTM(settings.MODEL_SIZE, settings.MODEL_SIZE, batch_first=True)
+
+    def forward(self, h, around):
+        with torch.autocast(h.device.type, enabled=False):               # CUDA's would be in fp16
+            return self.lstm(h.float())[0]
+
+    def hold_class_means(self, told, free):
+        """Two cells for each class and direction take in the labelled image along that direction,
+        and let out through the query's place, one with each sign: the differences of a class's
+        pairs add up to how like it the query is. What cells are left stay as they are.
+        """
+        D, half = told.shape[1], len(free)
+        m = D // (2 * C) if half > 2 * C else 0          # so many directions
+        image = F.normalize(torch.randn(m, half) @ free, dim=1).repeat_interleave(2, 0).repeat(C, 1)
+        n, told = 2 * C * m, told.repeat_interleave(2 * m, 0)
+        sign = torch.tensor([1.0, -1.0]).repeat(n // 2)[:, None]
+        for parameter in self.lstm.parameters():
+            parameter.view(4, D, -1)[:, :n] = 0
+        weights, biases = self.lstm.weight_ih_l0.view(4, D, D), self.lstm.bias_ih_l0.view(4, D)
+        weights[0, :n], biases[0, :n] = 22 * told, -8    # input gate, forget gate, cell, output
+        weights[1, :n], biases[1, :n] = -9.5 * told, 8
+        weights[2, :n, half:], weights[3, :n, :half] = image, 2 * sign * image
+
+
+class OuterProductLSTM(nn.Module):
+    """An LSTM whose cell is a matrix per head, written to by outer products: fast weights.
+
+    C_t = f * C_t-1 + (i * tanh v) (tanh k)',  h_t = o * C_t tanh q, each of f, i, o, v, k, q linear
+    in the input and in h_t-1; f, i and o through a sigmoid (as in the paper).
+    """
+
+    def __init__(self, settings, first):
+        super().__init__()
+        self.size, self.heads = settings.MODEL_SIZE, settings.NUM_HEADS
+        self.input = nn.Linear(self.size, 6 * self.size)
+        self.recurrent = nn.Linear(self.size, 6 * self.size, bias=False)
+        nn.init.constant_(self.input.bias[:self.size], 2.0)              # at first it remembers
+
+    def forward(self, h, around):
+        B, T, D = h.shape
+        out, width, outputs = torch.zeros_like(h[:, 0]), D // self.heads, []
+        cell = h.new_zeros(B, self.heads, width, width)
+        for step in self.input(h).unbind(1):
+            gates = (step + self.recurrent(out)).view(B, 6, self.heads, width, 1)
+            f, i, o = gates[:, :3].sigmoid().unbind(1)
+            k, v, q = gates[:, 3:].tanh().unbind(1)
+            cell = f * cell + (i * v) @ k.mT
+            out = (o * (cell @ q)).reshape(B, D)
+            outputs.append(out)
+        return torch.stack(outputs, 1)
+
+    def hold_class_means(self, told, free):
+        """Each head's cell has a row for each class (while there are rows): the labelled image is
+        its key, and the query's, along the same directions, reads it.
+        """
+        nn.init.zeros_(self.recurrent.weight)
+        half, weights = len(free), self.input.weight.zero_().view(6, self.heads, -1, self.size)
+        biases = self.input.bias.zero_().view(6, self.heads, -1)         # f, i, o, k, v, q
+        image = F.normalize(torch.randn(self.size, half) @ free, dim=1).view(self.heads, -1, half)
+        for gate, slope, bias in ((0, -9.5, 8), (1, 22, -8)):
+            weights[gate, :, :C], biases[gate, :, :C] = slope * told[:image.shape[1]], bias
+        biases[2], biases[4, :, :C] = 2, 3
+        weights[3, ..., half:] = weights[5, ..., :half] = image
+
+
+@torch.no_grad()
+def start_with_class_means(layer, embed_label):
+    """Make a recurrent layer start with running means of each class: then it is nearest centroid.
+
+    Its input (D) is a pair token, whose label embed_label (D, C) wrote: told (C, D) reads it, and
+    free (D / 2, D / 2) leaves of an image's place what no label writes to (while there is such).
+    The label opens the input gates of its class's cells, and they forget a quarter.
+    """
+    half = len(embed_label) // 2
+    label = torch.cat([embed_label[:half], embed_label[half:]], 1)       # in either image's place
+    free = torch.eye(half) - (half > 2 * C) * label @ torch.linalg.pinv(label)
+    layer.hold_class_means(torch.linalg.pinv(embed_label), free)
+
+
+class GatedDeltaNet(nn.Module):
+    """Linear attention that overwrites: the gated delta rule (Yang, Kautz, Hatamizadeh 2024).
+
+    S_t = a_t S_t-1 + b_t (v_t - a_t S_t-1 k_t) k_t',  out_t = S_t q_t, with unit keys and queries.
+    Evaluated in chunks: within a chunk all steps are one triangular system.
+    """
+
+    def __init__(self, settings, first, chunk=32):
+        super().__init__()
+        self.size, self.heads, self.chunk = settings.MODEL_SIZE, settings.NUM_HEADS, chunk
+        self.qkv = nn.Linear(self.size, 3 * self.size, bias=False)
+        self.gates = nn.Linear(self.size, 2 * self.heads)
+        nn.init.constant_(self.gates.bias[self.heads:], 5.0)             # at first it remembers
+        self.out = residual_output(self.size, self.size, settings)
+
+    def forward(self, h, around):
+        B, T, D = h.shape
+        with torch.autocast(h.device.type, enabled=False):
+            h = h.float()
+            q, k, v = self.qkv(h).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            write, keep = self.gates(h).view(B, T, 2, self.heads).permute(2, 0, 3, 1)
+            mixed = delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, write.sigmoid(),
+                               F.logsigmoid(keep), self.chunk)
+            return self.out(norm(mixed).transpose(1, 2).reshape(B, T, D))
+
+
+def delta_rule(q, k, v, write, log_keep, chunk):
+    """Return S_t q_t (..., T, d) of the gated delta rule for q, k, v (..., T, d), gates (..., T).
+
+    With g_t the product of a up to t, S_t = g_t S_0 + sum_s<=t (g_t / g_s) u_s k_s', where the
+    writes u solve (I + L) U = b (V - g K S_0'), L_ts = b_t (g_t / g_s) k_t k_s' for s < t.
+    """
+    state, outputs = k.new_zeros(*k.shape[:-2], k.shape[-1], k.shape[-1]), []
+    for q, k, v, b, log_g in zip(*(a.split(chunk, -2) for a in (
+            q, k, v, write[..., None], log_keep[..., None]))):
+        log_g = log_g.cumsum(-2)
+        passed = (log_g - log_g.mT).tril().exp().tril()                  # g_t / g_s for s <= t
+        lower = (b * passed * (k @ k.mT)).tril(-1)
+        u = torch.linalg.solve_triangular(
+            lower, b * (v - log_g.exp() * (k @ state.mT)), upper=False, unitriangular=True)
+        outputs.append(log_g.exp() * (q @ state.mT) + (passed * (q @ k.mT)) @ u)
+        left = (log_g[..., -1:, :] - log_g).exp()
+        state = log_g[..., -1:, :].exp() * state + (left * u).mT @ k
+    return torch.cat(outputs, -2)
+
+
+MIXERS = {"transformer": Attention, "mlp": None, "lstm": LSTM, "outer_lstm": OuterProductLSTM,
+          "deltanet": GatedDeltaNet}
+
+
+class VSML(nn.Module):
+    """Variable shared meta-learning (Kirsch and Schmidhuber 2021): weights that are tiny LSTMs.
+
+    Between every input a and output b is an LSTM with a state of CELL_SIZE, all with the same few
+    parameters. It gets messages from both and sends some back. "vsml": the inputs are the numbers
+    of A x_i, the outputs are the classes; their order makes no difference: the symmetries of a
+    learning algorithm are built in. Nor does their number: meta-training is on READ_SIZE inputs,
+    which is quicker, meta-test on all. "vsml_free": learnt matrices at inputs and outputs break the
+    symmetries (as in the paper); with GUIDED_START they start as a projection and as identities.
+    """
+
+    def __init__(self, settings):
+        super().__init__()
+        n, self.settings, self.free = settings.CELL_SIZE, settings, "free" in settings.ARCHITECTURE
+        images = 2 if settings.TOKEN_FORMAT == "pairs" else 1            # in a token
+        self.outputs = size = settings.MODEL_SIZE if self.free else C
+        self.into = self.told = self.head = nn.Identity()
+        if self.free:                                    # with as many inputs as outputs
+            self.into = nn.Linear(images * settings.PROJECTION_SIZE, images * size)
+            self.told = nn.Linear(2 * C, 2 * size)
+            self.head = nn.Linear(size, C)
+            if settings.GUIDED_START:                    # as with the symmetries, of fewer numbers
+                for layer in (self.into, self.told, self.head):
+                    nn.init.zeros_(layer.bias)
+                nn.init.eye_(self.told.weight)
+                nn.init.eye_(self.head.weight)
+                few = torch.randn(size, settings.PROJECTION_SIZE)
+                self.into.weight.data = torch.kron(F.normalize(few), torch.eye(images))
+        self.forward_message = nn.Linear(images, 4 * n)
+        self.backward_message = nn.Linear(2, 4 * n)
+        self.recurrent = nn.Linear(n, 4 * n, bias=False)
+        self.up = nn.Linear(n, 1, bias=False)
+
+    def forward(self, x, y):
+        """Return logits (B, T, C) for x (B, T, P) and y (B, T), one example after another."""
+        if torch.is_grad_enabled() and not self.free:
+            x = x[..., :self.settings.READ_SIZE]
+        seen = torch.stack([x, shift(x, 1)][:self.forward_message.in_features], -1)
+        seen = self.into(seen.flatten(2)).unflatten(2, (-1, seen.shape[-1]))
+        # A state's numbers stand first and the inputs last, so that all arithmetic is on long rows.
+        messages = self.forward_message(seen).permute(1, 3, 0, 2).contiguous()     # (T, 4 n, B, A)
+        labels = shift(F.one_hot(y, C).to(x.dtype), 1)
+        cell = h = x.new_zeros(self.settings.CELL_SIZE, self.outputs, *messages.shape[2:])
+        logits, outputs = x.new_zeros(len(x), C), []
+        for message, label in zip(messages, labels.unbind(1)):
+            back = torch.stack([label, logits.softmax(-1) * label.sum(-1, keepdim=True)], -1)
+            back = self.told(back.flatten(1)).unflatten(1, (-1, 2))
+            back = self.backward_message(back).permute(2, 1, 0)[..., None]
+            gates = (self.recurrent.weight @ h.flatten(1)).view(-1, *h.shape[1:])
+            f, i, o, new = (gates + message[:, None] + back).chunk(4)
+            cell = (f + 2).sigmoid() * cell + i.sigmoid() * new.tanh()
+            h = o.sigmoid() * cell.tanh()
+            logits = self.head(self.up(h.sum(-1).permute(2, 1, 0))[..., 0] / h.shape[-1]**0.5)
+            outputs.append(logits)
+        return torch.stack(outputs, 1)
+
+
+class MAML(nn.Module):
+    """Model-agnostic meta-learning (Finn, Abbeel, Levine 2017): a start to descend from.
+
+    Learnt are the first weights of a network with one hidden layer, and a rate for every tensor and
+    step (Antoniou et al. 2019). Some steps of gradient descent on the context adapt the weights;
+    the adapted network answers the queries: the last quarter of the sequence in meta-training, else
+    the last example. All logits before are zero, which is no answer.
+    """
+
+    def __init__(self, settings, steps=5):
+        super().__init__()
+        self.settings, inputs, hidden = settings, settings.PROJECTION_SIZE, settings.MODEL_SIZE
+        shapes = (inputs, hidden), (1, hidden), (hidden, C), (1, C)
+        self.start = nn.ParameterList(
+            torch.randn(shape) * (shape[0] > 1) * (2 / shape[0])**0.5 for shape in shapes)
+        self.log_rates = nn.Parameter(torch.full((steps, len(shapes)), math.log(0.1)))
+
+    def forward(self, x, y):
+        """Return logits (B, T, C) for x (B, T, P) and y (B, T)."""
+        T, training = x.shape[1], torch.is_grad_enabled()
+        n = T - max(1, T // 4) if training else T - 1
+
+        def net(x, w, b, v, c):
+            return (x @ w + b).relu() @ v + c
+
+        with torch.enable_grad():
+            weights = [w.expand(len(x), *w.shape) for w in self.start]
+            for rates in self.log_rates.exp():
+                loss = F.cross_entropy(net(x[:, :n], *weights).flatten(0, 1), y[:, :n].flatten(),
+                                       reduction="sum") / n
+                slopes = torch.autograd.grad(loss, weights, create_graph=training)
+                weights = [w - rate * s for w, rate, s in zip(weights, rates, slopes)]
+        return F.pad(net(x[:, n:], *weights), (0, 0, n, 0))
 
 
 # ------------------------------------------------------------------------------- the experiments
@@ -2576,13 +2577,11 @@ def measure_features(settings, data, precision):
         inputs[dataset.name] = dataset
     else:
         known = training.classes // 2
-        if training.x.shape[1] != settings.IMAGE_SIZE**2 or training.name not in tests:
-            raise UserError("without a FEATURES_FILE the features are made of grey images: train "
-                            "and test on MNIST, FashionMNIST or the like.")
         few = training.y < known                         # nothing sees the other classes
-        if settings.IMAGE_SIZE < 4 or few.sum() < settings.NUM_EXAMPLES:
-            raise UserError(f"half of the classes have {few.sum()} images; expected NUM_EXAMPLES="
-                            f"{settings.NUM_EXAMPLES} or more, of IMAGE_SIZE=4 or more.")
+        if training.x.shape[1] != max(4, settings.IMAGE_SIZE)**2 or training.name not in tests or (
+                few.sum() < settings.NUM_EXAMPLES):
+            raise UserError("without a FEATURES_FILE, train and test on grey images such as MNIST, "
+                            "of IMAGE_SIZE=4 or more, NUM_EXAMPLES or more of half of the classes.")
         training = training._replace(x=training.x[few], y=training.y[few], classes=known)
         body, test = train_features(training, settings), tests[training.name]
         images, y = test.x[test.y >= known], test.y[test.y >= known] - known
@@ -2688,8 +2687,8 @@ def report_algorithm(rows, figure):
 SMALL = dict(IMAGE_SIZE=8, PROJECTION_SIZE=64, NUM_EXAMPLES=30, COMPARE_IMAGES=False,
              RIDGE_ATTENTION=False, ATTENTION_SCALE=16.0, OUTPUT_STD=1.0, MODEL_SIZE=64,
              NUM_LAYERS=2, MLP_SIZE=128, BATCH_SIZE=64, STEPS=1000, LEARNING_RATE=3e-3,
-             DECAY_FRACTION=0.3, EVAL_SEQUENCES=1024)
-AS_QUICK = dict(PROJECTION_SIZE=784, STEPS=600, EVAL_SEQUENCES=1024)     # what two others share
+             DECAY_FRACTION=0.3, MERGED_FRACTION=0.0, EVAL_SEQUENCES=1024)
+AS_QUICK = dict(PROJECTION_SIZE=784, STEPS=600, MERGED_FRACTION=0.0, EVAL_SEQUENCES=1024)
 EXPERIMENTS = {
     "phases": Experiment(
         "Memorising, identifying tasks, learning to learn: by number of training tasks",
@@ -2719,7 +2718,7 @@ EXPERIMENTS = {
             for cell in cells.values()], measure_plateau, report_plateau),
     "table": Experiment(
         "The paper's table, meta-trained on MNIST",
-        dict(EVAL_DATASETS="auto,KMNIST?,Random,CIFAR10?,SVHN?"), [
+        dict(EVAL_DATASETS="auto,KMNIST?,Random,CIFAR10?,SVHN?", MERGED_FRACTION=0.0), [
             dict(ARCHITECTURE="transformer", PROJECTION_SIZE=784, MODEL_SIZE=128, NUM_LAYERS=6,
                  STEPS=600, BATCH_SIZE=32, LEARNING_RATE=5e-3),
             dict(ARCHITECTURE="lstm", PROJECTION_SIZE=64, MODEL_SIZE=400, NUM_LAYERS=1,
@@ -2969,7 +2968,8 @@ def main(arguments):
             print(help_text(), flush=True)
             return 0
         word, settings, flags = read_settings(arguments)
-        if word not in PRESETS and "TORCHELASTIC_RUN_ID" in os.environ:
+        together = "TORCHELASTIC_RUN_ID" in os.environ   # of torchrun
+        if word not in PRESETS and together:
             raise UserError(f"{word} is not for several processes; run it without torchrun.")
         if word == "evaluate":
             evaluate_checkpoint(settings, flags)
@@ -2978,7 +2978,7 @@ def main(arguments):
         elif word in EXPERIMENTS:
             sweep(word, settings, flags)
         else:
-            with joined_processes(settings):
+            with joined_processes(settings) if together else contextlib.nullcontext():
                 run(word, settings)
     except BrokenPipeError:                              # the reader has left, as of --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -298,7 +298,7 @@ def test_bad_use_is_refused(model, tmp_path):
                   dict(random_state=1.5)):
         with pytest.raises(UserError, match=f"{list(wrong)[0]} is {list(wrong.values())[0]}"):
             InContextClassifier(model, **wrong).fit(X, y).predict(X)
-    with pytest.raises(UserError, match="90 rows and labels of shape"):
+    with pytest.raises(UserError, match="90 rows, but labels of shape"):
         InContextClassifier(model).fit(X, y).score(X, y[:, None])
     with pytest.raises(UserError, match="can't write"):
         InContextClassifier(model).fit(X, y).save(tmp_path / "no" / "c.pt")

@@ -150,7 +150,7 @@ def test_a_stopped_sweep_says_so_and_keeps_its_runs(number, rendered_dir, tmp_pa
     (["features", "--SHOTS=many"], "expected numbers of examples such as 1,5"),
     (["features", "--WAYS=30"], "from 1 to 10"),
     (["features", "--SHOTS=1", "--IMAGE_SIZE=3"],
-     "expected NUM_EXAMPLES=12 or more, of IMAGE_SIZE=4"),
+     "train and test on grey images such as MNIST, of IMAGE_SIZE=4 or more"),
     (["algorithm", "--ARCHITECTURE=maml"], "maml answers after all examples only"),
     (["plateau", "--ARCHITECTURE=maml"], "maml answers after all examples only"),
     (["plateau", "--EVAL_DATASETS=Random"], "plateau does not read EVAL_DATASETS"),

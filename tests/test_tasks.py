@@ -167,10 +167,25 @@ def test_no_image_twice_within_a_sequence(blobs):
 
 def test_biased_fraction_shares_one_permutation(blobs, tiny):
     settings = tiny(NUM_EXAMPLES=50)
-    _, y = gpicl.draw_sequences(blobs, 10, settings, ("k",), biased_fraction=0.9)
+    _, y = gpicl.draw_sequences(blobs, 10, settings, ("k",), biased=0.9)
     chosen = gpicl.draw_images(blobs, 10, 50, gpicl.stream("cpu", "k"))
     same = (y == blobs.y[chosen]).all(1)
     assert same[:9].all() and not same[9]
+
+
+def test_merged_tasks_have_fewer_classes_the_others_keep_theirs(blobs, tiny):
+    """What two examples of one class share, they share after merging; nothing else has changed."""
+    settings = tiny(NUM_EXAMPLES=100)
+    x, plain = gpicl.draw_sequences(blobs, 200, settings, ("k",))
+    again, merged = gpicl.draw_sequences(blobs, 200, settings, ("k",), merged=0.75)
+    assert torch.equal(x, again) and torch.equal(plain[:50], merged[:50])
+    counts = torch.tensor([len(row.unique()) for row in merged[50:]])
+    assert counts.max() < 10 and {*range(2, 8)} < {*counts.tolist()}
+    for before, after in zip(plain[50:], merged[50:]):
+        assert len({*zip(before.tolist(), after.tolist())}) == len(before.unique())
+    assert len({tuple(row.unique().tolist()) for row in merged[50:]}) > 100      # any labels
+    unseen = next(gpicl.evaluation_batches(blobs, 8, gpicl.altered(settings, MERGED_FRACTION=1.0)))
+    assert all(len(row.unique()) == 10 for row in unseen[1])             # tests keep ten
 
 
 def test_fixed_tasks_are_those_of_draw_task_and_of_the_seed(blobs, tiny):
@@ -188,7 +203,8 @@ def test_every_image_has_its_turn(blobs):
 
 
 def test_a_training_batch_follows_seed_tasks_and_biased_fraction(blobs, tiny):
-    for change in (dict(SEED=1), dict(NUM_TASKS=4), dict(BIASED_FRACTION=0.5)):
+    for change in (dict(SEED=1), dict(NUM_TASKS=4), dict(BIASED_FRACTION=0.5),
+                   dict(MERGED_FRACTION=0.6)):
         (x, y), (other_x, other_y) = (gpicl.training_batch(blobs, 0, s, "fp32")
                                       for s in (tiny(), tiny(**change)))
         assert not (torch.equal(x, other_x) and torch.equal(y, other_y)), change
