@@ -308,8 +308,8 @@ def draw_sequences(dataset, n_sequences, settings, key, num_tasks=0, biased=0.0,
     A pure function of its arguments: `key` names the place in the random stream. With `num_tasks`
     the tasks are picked from that many fixed ones, else each is fresh (and x perhaps narrower, see
     project_afresh). The first share, `biased`, has one label permutation (Sec. 4.5). In the last,
-    `merged`, rho merges the classes at random into 2 to 9 (not in the paper): who only ever met
-    ten, as frequent all, is lost with three, or where one is rare (results/recipe.md).
+    `merged`, rho merges classes at random into 2 to 9 (not in the paper): a learner that only met
+    ten equally frequent classes fails on three, or where one is rare (results/recipe.md).
     """
     device, generator = dataset.x.device, stream(dataset.x.device, *key)
     chosen = draw_images(dataset, n_sequences, settings.NUM_EXAMPLES, generator)
