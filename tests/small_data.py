@@ -2,13 +2,15 @@
 
     python tests/small_data.py                          with the newest runs/*/model.pt
     python tests/small_data.py one/model.pt two/model.pt ...    the mean of what these do
+    python tests/small_data.py unequal ...              the same on unequal classes
 
 Thirty random splits of scikit-learn's own data sets, each with 60 to 99 rows to learn from, and,
-where they are in data/, of 16 x 16 test images of MNIST and FashionMNIST, with 99; of the images
-also with unequal classes: "8 or not" asks whether a digit is an 8, "skewed" has every class 0.7
-times as often as the one before. Every classifier gets the same rows: tables are standardised for
-all but the forest, images divided by their maximum; the SVM's C is 1 for tables and 10 for images.
-Prints a table, writes results/small_data.json.
+where they are in data/, of 16 x 16 test images of MNIST and FashionMNIST, with 99. Every classifier
+gets the same rows: tables are standardised for all but the forest, images divided by their maximum;
+the SVM's C is 1 for tables and 10 for images. Prints a table, writes results/small_data.json.
+
+With "unequal", of these images only: "8 or not" asks whether a digit is an 8, "skewed" has every
+class 0.7 times as often as the one before. Writes results/small_data_unequal.json.
 """
 
 import json
@@ -50,9 +52,9 @@ def learners(models, images):
             "most frequent class": [DummyClassifier()]}
 
 
-def data_sets():
+def data_sets(unequal):
     """Yield name, X, y, images: tables, flat images, and images of 16 x 16 if they are in data/."""
-    for name in ("iris", "wine", "breast_cancer", "digits"):
+    for name in () if unequal else ("iris", "wine", "breast_cancer", "digits"):
         X, y = getattr(datasets, f"load_{name}")(return_X_y=True)
         yield name, X, y, name == "digits"
     settings = gpicl.default_settings(IMAGE_SIZE=16)
@@ -64,10 +66,10 @@ def data_sets():
         else:
             some = np.random.default_rng(0).permutation(len(data.y))[:2100]
             X, y = data.x[some].view(-1, 16, 16).numpy(), data.y[some].numpy()
-            yield f"{name} 16x16", X, y, True
             few = np.random.default_rng(1).random(len(y)) < 0.7**y
-            yield f"{name} skewed", X[few], y[few], True
-            if name == "MNIST":
+            yield (f"{name} skewed", X[few], y[few], True) if unequal else (
+                f"{name} 16x16", X, y, True)
+            if unequal and name == "MNIST":
                 yield "MNIST, 8 or not", X, y == 8, True
 
 
@@ -90,9 +92,11 @@ def judge(classifier, X, y):
 
 
 def main(paths):
+    unequal = paths[:1] == ["unequal"]
+    paths = paths[unequal:] or [gpicl.newest_checkpoint(gpicl.default_settings())]
     models = [gpicl.load_model(path, torch.device("cpu"))[0] for path in paths]
     accuracy, errors, began = {}, {}, time.time()
-    for name, X, y, images in data_sets():
+    for name, X, y, images in data_sets(unequal):
         found = {learner: [] for learner in learners(models, images)}
         gaps = []
         for split in range(SPLITS):
@@ -125,8 +129,9 @@ def main(paths):
                    versions=dict(python=platform.python_version(), torch=torch.__version__,
                                  sklearn=sklearn.__version__))
     print(f"10,000 rows of 784 features, one pass: {results['seconds_10000_rows']:.1f} s")
-    (ROOT / "results" / "small_data.json").write_text(json.dumps(results, indent=1))
+    name = "small_data_unequal.json" if unequal else "small_data.json"
+    (ROOT / "results" / name).write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or [gpicl.newest_checkpoint(gpicl.default_settings())])
+    main(sys.argv[1:])
