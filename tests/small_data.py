@@ -52,11 +52,8 @@ def learners(models, images):
             "most frequent class": [DummyClassifier()]}
 
 
-def data_sets(unequal):
-    """Yield name, X, y, images: tables, flat images, and images of 16 x 16 if they are in data/."""
-    for name in () if unequal else ("iris", "wine", "breast_cancer", "digits"):
-        X, y = getattr(datasets, f"load_{name}")(return_X_y=True)
-        yield name, X, y, name == "digits"
+def image_sets():
+    """Yield name, X, y of 2,100 16 x 16 test images each, of what is in data/."""
     settings = gpicl.default_settings(IMAGE_SIZE=16)
     for name in ("MNIST", "FashionMNIST"):
         try:
@@ -65,12 +62,24 @@ def data_sets(unequal):
             print(f"{name} is left out: {error}")
         else:
             some = np.random.default_rng(0).permutation(len(data.y))[:2100]
-            X, y = data.x[some].view(-1, 16, 16).numpy(), data.y[some].numpy()
-            few = np.random.default_rng(1).random(len(y)) < 0.7**y
-            yield (f"{name} skewed", X[few], y[few], True) if unequal else (
-                f"{name} 16x16", X, y, True)
-            if unequal and name == "MNIST":
-                yield "MNIST, 8 or not", X, y == 8, True
+            yield name, data.x[some].view(-1, 16, 16).numpy(), data.y[some].numpy()
+
+
+def small_sets():
+    """Yield name, X, y, images: tables, flat images, and images of 16 x 16."""
+    for name in ("iris", "wine", "breast_cancer", "digits"):
+        yield name, *getattr(datasets, f"load_{name}")(return_X_y=True), name == "digits"
+    for name, X, y in image_sets():
+        yield f"{name} 16x16", X, y, True
+
+
+def unequal_sets():
+    """Yield name, X, y, images, of which some classes are rarer than others."""
+    for name, X, y in image_sets():
+        few = np.random.default_rng(1).random(len(y)) < 0.7**y
+        yield f"{name} skewed", X[few], y[few], True
+        if name == "MNIST":
+            yield "MNIST, 8 or not", X, y == 8, True
 
 
 def seconds_for_10000_rows(model):
@@ -96,7 +105,7 @@ def main(paths):
     paths = paths[unequal:] or [gpicl.newest_checkpoint(gpicl.default_settings())]
     models = [gpicl.load_model(path, torch.device("cpu"))[0] for path in paths]
     accuracy, errors, began = {}, {}, time.time()
-    for name, X, y, images in data_sets(unequal):
+    for name, X, y, images in (unequal_sets if unequal else small_sets)():
         found = {learner: [] for learner in learners(models, images)}
         gaps = []
         for split in range(SPLITS):
@@ -119,9 +128,9 @@ def main(paths):
         accuracy[name], errors[name] = found, float(np.mean(gaps))
         for learner, values in found.items():
             half = 1.96 * np.std(values, ddof=1) / SPLITS**0.5
-            print(f"{name:19}{learner:22}{100 * np.mean(values):6.1f} ± {100 * half:.1f}",
+            print(f"{name:21}{learner:22}{100 * np.mean(values):6.1f} ± {100 * half:.1f}",
                   flush=True)
-        print(f"{name:19}calibration error of the mean of 8 passes: {errors[name]:.3f}", flush=True)
+        print(f"{name:21}calibration error of the mean of 8 passes: {errors[name]:.3f}", flush=True)
     results = dict(checkpoints=[Path(path).parent.name for path in paths], splits=SPLITS,
                    accuracy=accuracy, calibration_error=errors,
                    seconds_10000_rows=seconds_for_10000_rows(models[0]),
