@@ -159,6 +159,7 @@ OF_FEATURES = ("WAYS", "SHOTS", "FEATURES_FILE")
 OF_EXPERIMENTS = (*OF_FEATURES, "SEEDS", "WORKERS", "RESULTS_DIR")
 NOT_OF_EXPERIMENTS = ("EVAL_SEED", "AVERAGED_PASSES", "ROW_EVERY", "ROW_SEQUENCES",
                       "CHECKPOINT_SECONDS")
+OF_COMMANDS = {*COMMANDS["classify"]} - {"SEED", "OUT_DIR"}              # only
 
 C = 10                                               # classes that the model tells apart
 EVAL_BATCH = 64                                      # sequences that are tested at once
@@ -191,14 +192,10 @@ KINDS = {name: kind for *kind, names in (
         "OUTPUT_STD", "LEARNING_RATE", "WEIGHT_DECAY", "CHECKPOINT_SECONDS"))) for name in names}
 OTHERS = int, 1, 2**62, "a whole number, 1 or more"
 # The paper's table: accuracy on the 100th example after 99, meta-trained on MNIST.
-PAPER = {
-    "MNIST": {"GPICL": 73.70, "SGD": 70.31, "MAML": 53.71, "VSML": 79.04, "LSTM": 25.39},
-    "FashionMNIST": {"GPICL": 62.24, "SGD": 50.78, "MAML": 48.44, "VSML": 68.49, "LSTM": 28.12},
-    "KMNIST": {"GPICL": 53.39, "SGD": 37.89, "MAML": 36.33, "VSML": 54.69, "LSTM": 18.10},
-    "Random": {"GPICL": 100.0, "SGD": 100.0, "MAML": 99.80, "VSML": 100.0, "LSTM": 58.72},
-    "CIFAR10": {"GPICL": 19.40, "SGD": 14.84, "MAML": 17.38, "VSML": 24.09, "LSTM": 12.11},
-    "SVHN": {"GPICL": 14.58, "SGD": 10.16, "MAML": 11.33, "VSML": 17.45, "LSTM": 11.07},
-}
+PAPER = {name: dict(zip(("GPICL", "SGD", "MAML", "VSML", "LSTM"), row)) for name, row in dict(
+    MNIST=(73.70, 70.31, 53.71, 79.04, 25.39), FashionMNIST=(62.24, 50.78, 48.44, 68.49, 28.12),
+    KMNIST=(53.39, 37.89, 36.33, 54.69, 18.10), Random=(100.0, 100.0, 99.80, 100.0, 58.72),
+    CIFAR10=(19.40, 14.84, 17.38, 24.09, 12.11), SVHN=(14.58, 10.16, 11.33, 17.45, 11.07)).items()}
 
 
 class UserError(Exception):
@@ -940,8 +937,8 @@ def calibration_error(probabilities, y, bins=15):
 
 def context_lengths(settings):
     """Return the columns of the printed tables: the last is the longest context there is."""
-    return [n for n in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500) if n < settings.NUM_EXAMPLES - 1] + [
-        settings.NUM_EXAMPLES - 1]
+    last = settings.NUM_EXAMPLES - 1
+    return [n for n in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500) if n < last] + [last]
 
 
 # ---------------------------------------------------------------------- a classifier for any data
@@ -1005,10 +1002,9 @@ class InContextClassifier:
         mean, spread = x.mean(0), x.std(0, correction=0)
         scales = dict(shared=(x.mean(), x.std(correction=0)), columns=(mean, spread),
                       centred=(mean, spread.square().mean().sqrt()))
-        kinds = [self.scaling]
-        if self.scaling == "auto":
-            alike = spread.max() <= 10 * spread[spread > 0].median() if spread.any() else True
-            kinds = ["shared"] if np.ndim(X) > 2 else ["centred", "columns"][not alike:]
+        uneven = spread.any() and spread.max() > 10 * spread[spread > 0].median()
+        kinds = ([self.scaling] if self.scaling != "auto" else ["shared"] if np.ndim(X) > 2 else
+                 ["columns"] if uneven else ["centred", "columns"])
         self.scaling_ = max(
             kinds, key=lambda kind: neighbours_agree(scaled(x, *scales[kind]), numbers))
         self.scale_ = scales[self.scaling_]
@@ -1320,7 +1316,8 @@ def read_csv(path, label_column, features=None, names=None):
         if len(row) != width:
             raise UserError(f"{path}: line {line} has {len(row)} values, the first has {width}.")
     labelled, numbers = width != features, [number(cell) for cell in first]
-    counted = numbers == [*range(width)] and (features is None or names is not None)
+    likely = features is None or names is not None       # a header; not where the examples had none
+    counted = likely and numbers == [*range(width)]
     named = labelled and label_column in set(first) - {"last"} and (
         counted or not label_column.isdecimal())
     if named:
@@ -1333,7 +1330,7 @@ def read_csv(path, label_column, features=None, names=None):
     columns = [i for i in range(width) if not (labelled and i == place)]
     words, head = [first[i] for i in columns], [numbers[i] for i in columns]
     numbered = len(head) > 1 and head == [*range(len(head))] and (counted or numbers[place] is None)
-    worded = None in head if features is None or names else {*head} == {None}
+    worded = None in head if likely else {*head} == {None}
     header = worded or named or (numbered if features is None else words == names)
     if header and "" in first:
         raise UserError(f"{path}: column {first.index('') + 1} has no name in the first line; if "
@@ -1449,6 +1446,7 @@ def load_checkpoint(path, settings=None):
             settings is not None and identity(saved["settings"]) != identity(vars(settings))):
         of = "program with these settings" if settings else "version of the program"
         raise UserError(f"{path} is not a checkpoint of this {of}{remedy}.")
+    saved["settings"].setdefault("MERGED_FRACTION", 0.0)               # older ones merged none
     return saved
 
 
@@ -1473,7 +1471,7 @@ def newest_checkpoint(settings):
 
 def identity(settings):
     """Return the settings that make a run: not folders, nor what only other commands read."""
-    elsewhere = {"DATA_DIR", *COMMANDS["classify"], *OF_EXPERIMENTS} - {"SEED"}
+    elsewhere = {"DATA_DIR", "OUT_DIR", *OF_COMMANDS, *OF_EXPERIMENTS}
     return {k: v for k, v in settings.items() if k not in elsewhere}
 
 
@@ -1488,12 +1486,11 @@ def setting_comments():
 
 def default_settings(**overrides):
     """Return the settings at the top of this file, with some of them replaced."""
-    settings = SimpleNamespace(**{name: globals()[name] for name in setting_comments()})
-    for name, value in overrides.items():
-        if name not in vars(settings):
-            raise UserError(f"there is no setting {name!r}{did_you_mean(name, vars(settings))}")
-        setattr(settings, name, value)
-    return settings
+    settings = {name: globals()[name] for name in setting_comments()}
+    for name in overrides:
+        if name not in settings:
+            raise UserError(f"there is no setting {name!r}{did_you_mean(name, settings)}")
+    return SimpleNamespace(**{**settings, **overrides})
 
 
 def altered(settings, **changes):
@@ -1531,8 +1528,8 @@ def read_settings(arguments):
     if len(words) > 1:
         raise UserError(f"{' and '.join(words)}: at most one preset or command is read.")
     first = words[0] if words else "default"
-    sweeps = {name: experiment.settings for name, experiment in EXPERIMENTS.items()}
-    settings = default_settings(**{**PRESETS, **sweeps}.get(first, {}))
+    changes = EXPERIMENTS[first].settings if first in EXPERIMENTS else PRESETS.get(first, {})
+    settings = default_settings(**changes)
     for word in [word for word in arguments if word.startswith("-")]:
         name, equals, text = word.lstrip("-").partition("=")
         if name not in vars(settings):
@@ -1549,13 +1546,12 @@ def read_settings(arguments):
 
 def readers(name):
     """Return the presets, commands and experiments that read a setting."""
+    presets = [] if name in {*OF_COMMANDS, *OF_EXPERIMENTS} else [*PRESETS]
     commands = [command for command, names in COMMANDS.items() if name in names]
-    if name in OF_EXPERIMENTS:
-        return ["features"] if name in OF_FEATURES else [*EXPERIMENTS]
-    if name in {*COMMANDS["classify"]} - {"SEED", "OUT_DIR"}:
-        return commands
-    tested = [word for word in EXPERIMENTS if name != "EVAL_DATASETS" or word != "plateau"]
-    return [*PRESETS, *commands, *(() if name in NOT_OF_EXPERIMENTS else tested)]
+    experiments = [] if name in {*OF_COMMANDS, *NOT_OF_EXPERIMENTS} else [
+        word for word in EXPERIMENTS if (word == "features" or name not in OF_FEATURES) and (
+            word != "plateau" or name != "EVAL_DATASETS")]
+    return presets + commands + experiments
 
 
 def check_settings(s):
@@ -2387,9 +2383,10 @@ def report_plateau(rows, figure):
     fixed = {key: rows[0][key] for key in PLATEAU_BASE if len(values_of(rows, key)) == 1}
     for panel, (factor, cells) in zip(panels, PLATEAU_FACTORS.items()):
         wanted = {value: {**PLATEAU_BASE, **cell, **fixed} for value, cell in cells.items()}
-        runs = [dict(row, value=value) for value, settings in wanted.items()
-                if cells[value].items() <= settings.items() or [*wanted.values()].count(
-                    settings) == 1 for row in select(rows, **settings)]
+        # Values that a flag has made alike are left out, but for the flag's own.
+        told = [value for value, settings in wanted.items() if cells[value].items() <=
+                settings.items() or [*wanted.values()].count(settings) == 1]
+        runs = [dict(row, value=value) for value in told for row in select(rows, **wanted[value])]
         if not runs:                                     # a flag holds this factor fixed
             panel.set_axis_off()
             continue
@@ -2409,12 +2406,12 @@ def report_plateau(rows, figure):
         panel.set(title=factor, yscale="log", ylabel="plateau (steps)")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
-    others = {**{k: v for k, v in PLATEAU_BASE.items() if k != "BATCH_SIZE"}, **fixed}
+    others = {k: v for k, v in {**PLATEAU_BASE, **fixed}.items() if k != "BATCH_SIZE"}
     sizes = select(rows, tested_on="unseen tasks", **others)
     stuck = values_of(select(sizes, left=False), "BATCH_SIZE")           # would bias the fit
     fitted = [row for row in sizes if row["BATCH_SIZE"] not in stuck]
     if len(values_of(fitted, "BATCH_SIZE")) > 2:
-        slope, half = power_law(*zip(*((row["BATCH_SIZE"], row["length"]) for row in fitted)))
+        slope, half = power_law(*([row[k] for row in fitted] for k in ("BATCH_SIZE", "length")))
         lines += ["", f"Power law: length ~ batch size ** ({slope:.2f} ± {half:.2f}), from "
                       f"{len(fitted)} runs of the batch sizes that always left it"]
     return lines
@@ -2476,7 +2473,8 @@ def report_architectures(rows, figure):
         for some, which in [*groups, (points, "kinds of model")]:
             again = some[np.random.default_rng(0).integers(len(some), size=(2000, len(some)))]
             value, *every = (rank_correlation(few[:, column], few[:, 2]) for few in (some, *again))
-            words = "{:.2f} ({:.2f} to {:.2f})".format(value, *np.nanquantile(every, [.025, .975]))
+            ends = np.quantile([v for v in every if v == v] or [math.nan], [.025, .975])
+            words = "{:.2f} ({:.2f} to {:.2f})".format(value, *ends)
             words = f"{len(some)} {which}: rank correlation with {what} {words}"
             lines.append(f"{first}, {words}")
         draw_curves(select(rows, tested_on=first), figure.add_subplot(1, 2, column + 1), what,
@@ -2490,7 +2488,8 @@ def measure_table(settings, data, precision):
     training, _, tests = data
     model = trained_model(settings, training, precision)
     method, n, rows = settings.ARCHITECTURE, settings.EVAL_SEQUENCES, []
-    paper = PAPER if training.name == "MNIST" and settings.NUM_EXAMPLES == 100 else {}
+    comparable = settings.TRAIN_DATASET in ("auto", "MNIST") and settings.NUM_EXAMPLES == 100
+    paper = PAPER if comparable and training.name == "MNIST" else {}
     lengths = [settings.NUM_EXAMPLES - 1] if method == "transformer" else []
     for name, dataset in tests.items():
         hits, *_ = count_hits(model, dataset, n, settings, precision, lengths=lengths)
@@ -2718,15 +2717,12 @@ EXPERIMENTS = {
             for cell in cells.values()], measure_plateau, report_plateau),
     "table": Experiment(
         "The paper's table, meta-trained on MNIST",
-        dict(EVAL_DATASETS="auto,KMNIST?,Random,CIFAR10?,SVHN?", MERGED_FRACTION=0.0), [
-            dict(ARCHITECTURE="transformer", PROJECTION_SIZE=784, MODEL_SIZE=128, NUM_LAYERS=6,
-                 STEPS=600, BATCH_SIZE=32, LEARNING_RATE=5e-3),
-            dict(ARCHITECTURE="lstm", PROJECTION_SIZE=64, MODEL_SIZE=400, NUM_LAYERS=1,
-                 STEPS=400, BATCH_SIZE=32, LEARNING_RATE=1e-3),
-            dict(ARCHITECTURE="maml", PROJECTION_SIZE=784, MODEL_SIZE=128, NUM_LAYERS=1,
-                 STEPS=600, BATCH_SIZE=16, LEARNING_RATE=1e-3),
-            dict(ARCHITECTURE="vsml", PROJECTION_SIZE=784, MODEL_SIZE=64, NUM_LAYERS=1,
-                 STEPS=600, BATCH_SIZE=16, LEARNING_RATE=4e-2)], measure_table, report_table),
+        dict(EVAL_DATASETS="auto,KMNIST?,Random,CIFAR10?,SVHN?", MERGED_FRACTION=0.0),
+        [dict(ARCHITECTURE=name, PROJECTION_SIZE=P, MODEL_SIZE=D, NUM_LAYERS=layers, STEPS=steps,
+              BATCH_SIZE=B, LEARNING_RATE=rate) for name, P, D, layers, steps, B, rate in (
+            ("transformer", 784, 128, 6, 600, 32, 5e-3), ("lstm", 64, 400, 1, 400, 32, 1e-3),
+            ("maml", 784, 128, 1, 600, 16, 1e-3), ("vsml", 784, 64, 1, 600, 16, 4e-2))],
+        measure_table, report_table),
     "features": Experiment("Few-shot classification of classes that nothing was trained on",
                            AS_QUICK, [{}], measure_features, report_features),
     "algorithm": Experiment("Which classical learner does the trained model act like?",
@@ -2767,19 +2763,18 @@ def load_tests(name, settings, device, notices):
     wanted = [word.strip() for word in settings.EVAL_DATASETS.split(",") if word.strip()]
     if "auto" in wanted:
         wanted = [name, f"{other}?", *(word for word in wanted if word != "auto")]
-    tests = {}
-    for word in dict.fromkeys(wanted):
-        word, optional = word.rstrip("?"), word.endswith("?")
-        known = Path(word).resolve() == Path(name).resolve()           # a path has many names
+    names, tests = dict.fromkeys(word.rstrip("?") for word in wanted), {}
+    for word in names:
+        known = os.path.realpath(word) == os.path.realpath(name)       # a path has many names
         try:
             dataset = load_dataset(word, "test" if known else "unseen", settings, device)
         except DataUnavailable as error:
-            if not optional:
+            if word in wanted:                           # without a "?"
                 raise
             notices.append(f"\n*** NOTICE: {error}\n*** It is left out of the evaluation.\n")
             continue
-        taken = {*tests, *(other.rstrip("?") for other in wanted)}     # MNIST and MNIST.npz
-        row = word if dataset.name in taken else dataset.name
+        row = word if dataset.name in {*tests, *names} else dataset.name     # MNIST.npz
+        row = row.replace("$", "_").encode(errors="replace").decode()        # as in as_dataset
         if settings.NUM_TASKS and known:
             tests[f"{row}, seen tasks"] = dataset, settings.NUM_TASKS
         tests[row] = dataset, 0
@@ -2792,16 +2787,14 @@ def load_tests(name, settings, device, notices):
 def speed(model, training, settings, progress, precision, log):
     """Say and return how fast the steps were, beside what the machine could do."""
     x, y = draw_sequences(training, 1, settings, ("speed",))
+    seconds, drawing = progress["seconds"], progress["drawing_seconds"] / progress["seconds"]
     steps = progress["step"] * settings.BATCH_SIZE / processes()[1]      # of one sequence each
-    rate = flops(model, x, y) * steps / progress["seconds"]
-    peak, drawing = matmul_rate(x.device, precision), progress["drawing_seconds"]
-    log(f"\nTrained {progress['step']} steps in {progress['seconds']:.0f} s, "
-        f"{drawing / progress['seconds']:.0%} of it to draw tasks; {rate:.3g} FLOP/s in matrix "
-        f"products,\n{rate / peak:.0%} of what one large product reaches here. Testing on "
-        f"{settings.EVAL_SEQUENCES} sequences a data set ...")
-    return dict(training_seconds=progress["seconds"], model_flop_per_second=rate,
-                matmul_flop_per_second=peak, model_flop_share=rate / peak,
-                drawing_share=drawing / progress["seconds"])
+    rate, peak = flops(model, x, y) * steps / seconds, matmul_rate(x.device, precision)
+    log(f"\nTrained {progress['step']} steps in {seconds:.0f} s, {drawing:.0%} of it to draw "
+        f"tasks; {rate:.3g} FLOP/s in matrix products,\n{rate / peak:.0%} of what one large "
+        f"product reaches here. Testing on {settings.EVAL_SEQUENCES} sequences a data set ...")
+    return dict(training_seconds=seconds, model_flop_per_second=rate, matmul_flop_per_second=peak,
+                model_flop_share=rate / peak, drawing_share=drawing)
 
 
 def run(preset, settings):
@@ -2821,7 +2814,7 @@ def run(preset, settings):
     torch.manual_seed(settings.SEED)
     model = make_model(settings).to(device)
     data = [("meta-training", training), ("validation", validation)] + [
-        ("test", dataset) for dataset in {id(d): d for d, _ in tests.values()}.values()]
+        ("test", dataset) for dataset, num_tasks in tests.values() if not num_tasks]
     log(*notices, f"Device      {device.type} ({why}), {precision}; {machine(device)}", *(
         f"Data        {dataset.name}, {use}: {len(dataset.x):,} of {dataset.x.shape[1]} numbers, "
         f"{dataset.classes} classes" for use, dataset in data),
@@ -2843,9 +2836,11 @@ def run(preset, settings):
         model, training, validation, settings, folder, precision, log)
     if rank:
         return                                           # the rest is the first process's work
-    source = settings.TRAIN_DATASET
-    save_checkpoint(final, settings, model, progress=progress, trained_on=training.name, source=str(
-        Path(source).resolve()) if source.endswith(".npz") else source, device=device.type)
+    if not final.exists():                               # else it tells where it was trained
+        source = settings.TRAIN_DATASET
+        source = os.path.realpath(source) if source.endswith(".npz") else source
+        save_checkpoint(final, settings, model, progress=progress, trained_on=training.name,
+                        source=source, device=device.type)
     for done in folder.glob("checkpoint*.pt"):           # and what a kill left half written
         done.unlink(missing_ok=True)
     test_and_report(model, tests, settings, precision, folder, log, began, dict(
@@ -2856,7 +2851,8 @@ def run(preset, settings):
 def test_and_report(model, tests, settings, precision, folder, log, began, facts):
     """Evaluate the model on all of `tests`; write the files of the run, print the table."""
     device, testing, data_sets = next(model.parameters()).device, time.time(), {}
-    comparable = facts["trained_on"] == "MNIST" and settings.NUM_EXAMPLES == 100
+    comparable = facts["trained_on"] == "MNIST" and settings.NUM_EXAMPLES == 100 and (
+        settings.TRAIN_DATASET in ("auto", "MNIST"))     # no file of that name
     for row, (dataset, num_tasks) in tests.items():
         curves, error = evaluate(model, dataset, settings, precision, num_tasks)
         data_sets[row] = dict(classes=dataset.classes, calibration_error=error, curves=curves,
@@ -2909,7 +2905,7 @@ def classify(settings):
     for name in ("TRAIN_FILE", "TEST_FILE"):
         if not getattr(settings, name):
             raise UserError(f"classify needs a {name}; add --{name}=path of a .csv or .npz file.")
-        if Path(getattr(settings, name)).resolve() == Path(settings.PREDICTIONS_FILE).resolve():
+        if os.path.realpath(getattr(settings, name)) == os.path.realpath(settings.PREDICTIONS_FILE):
             raise UserError(f"PREDICTIONS_FILE would replace {name}; give another name.")
     path = newest_checkpoint(settings)
     x, y, names = read_examples(settings.TRAIN_FILE, settings.LABEL_COLUMN)
@@ -2950,8 +2946,8 @@ def explained(error):
     if isinstance(error, OSError):
         return (f"{words}. Is the disk full, or a folder gone? What was saved before is kept; the "
                 "same command goes on from there.")
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(
-            "(allocate|out of) memory|size calculation overflow", words):
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError | TypeError) and re.search(
+            "(allocate|out of) memory|size calculation overflow|Overflow when unpacking", words):
         return (f"there is too little memory ({words[:160]}); try fewer or shorter sequences "
                 "(BATCH_SIZE, NUM_EXAMPLES) or a smaller model.")
     return ""

@@ -285,6 +285,21 @@ def test_two_data_sets_of_one_name_get_a_row_each(tiny, blobs_file, tmp_path):
         assert len(tests) == 2 and len(tests[str(points)][0].y) == 600
 
 
+def test_odd_paths_of_data_sets(tiny, blobs_file, tiny_flags, tmp_path, fails):
+    """Rows named after paths are drawn and written; a link to itself is no file."""
+    other = tmp_path / "to $^$" / "blobs.npz"
+    other.parent.mkdir()
+    other.write_bytes(blobs_file.read_bytes())
+    assert gpicl.main(tiny_flags(EVAL_DATASETS=f"{blobs_file},{other}")) == 0
+    assert len(gpicl.load_tests("none", tiny(EVAL_DATASETS=f"{other}?,{other}"), "cpu", [])) == 1
+    loop = tmp_path / "loop.npz"
+    loop.symlink_to(loop)
+    assert "loop.npz can't be read" in fails(tiny_flags(EVAL_DATASETS=loop))
+    assert "can't write PREDICTIONS_FILE" in fails([
+        "classify", f"--OUT_DIR={tmp_path / 'runs'}", f"--PREDICTIONS_FILE={loop}",
+        f"--TRAIN_FILE={blobs_file}", f"--TEST_FILE={blobs_file}"])
+
+
 def test_numbers_far_from_zero_keep_their_differences(blobs):
     x, y = blobs.x.double().numpy(), blobs.y.numpy()
     near, far = (gpicl.as_dataset("x", x + offset, y, 28, "cpu").x for offset in (0, 1e8))
@@ -495,6 +510,7 @@ def test_too_little_memory_gets_a_clear_sentence(tiny_flags, fails):
     assert "too little memory" in fails(tiny_flags(MODEL_SIZE=2**20))
     for size in (2**50, 2**61):                          # the latter more than can be counted
         assert "too little memory" in fails(tiny_flags(BATCH_SIZE=size))
+    assert "too little memory" in fails(tiny_flags(ARCHITECTURE="vsml", CELL_SIZE=2**62))
 
 
 class Evil:
@@ -517,13 +533,34 @@ def test_a_checkpoint_of_other_settings_is_refused(tiny, tmp_path):
             gpicl.load_checkpoint(tmp_path / "model.pt", tiny(**other))
 
 
+def test_a_checkpoint_of_before_merged_classes_had_none(tiny, tmp_path):
+    settings = tiny()
+    del settings.MERGED_FRACTION
+    gpicl.save_checkpoint(tmp_path / "model.pt", settings, gpicl.InContextModel(tiny()))
+    saved = gpicl.load_checkpoint(tmp_path / "model.pt")
+    assert saved["settings"]["MERGED_FRACTION"] == 0
+
+
+def test_a_model_that_is_tested_again_keeps_where_it_was_trained(tiny_flags, tmp_path, capsys):
+    flags = tiny_flags(NUM_TASKS=4)
+    assert gpicl.main(flags) == 0 and "seen tasks" in capsys.readouterr().out
+    folder = next((tmp_path / "runs").iterdir())
+    saved = torch.load(folder / "model.pt")
+    torch.save({**saved, "device": "cuda"}, folder / "model.pt")
+    (folder / "results.json").unlink()
+    assert gpicl.main(flags) == 0
+    assert torch.load(folder / "model.pt")["device"] == "cuda"
+
+
 def test_the_table_tells_chance_and_the_paper_only_where_comparable(
         tiny_flags, tmp_path, blobs, capsys):
     few = tmp_path / "MNIST.npz"
-    np.savez(few, x=blobs.x, y=blobs.y % 4)
-    assert gpicl.main(tiny_flags(TRAIN_DATASET=few, EVAL_DATASETS=few)) == 0
-    out = capsys.readouterr().out
-    assert "the paper" not in out and re.search("chance +25.0", out)
+    np.savez(few, x=np.concatenate([blobs.x] * 4), y=np.concatenate([blobs.y % 4] * 4))
+    for examples in (12, 100):                           # a file of that name is not MNIST
+        assert gpicl.main(tiny_flags(TRAIN_DATASET=few, EVAL_DATASETS=few, STEPS=1,
+                                     NUM_EXAMPLES=examples, VALIDATION_IMAGES=100)) == 0
+        out = capsys.readouterr().out
+        assert "the paper" not in out and re.search("chance +25.0", out)
 
 
 # ------------------------------------------------------------------------------- the file itself
