@@ -142,7 +142,7 @@ PRESETS = {
     "large": dict(STEPS=12000, ROW_EVERY=1000),          # longer, not wider
     "plain": dict(COMPARE_IMAGES=False, RIDGE_ATTENTION=False, GUIDED_START=False, STEPS=1500,
                   LEARNING_RATE=3e-3, PROJECTION_SIZE=384, MODEL_SIZE=512, NUM_LAYERS=3,
-                  MLP_SIZE=1024, MERGED_FRACTION=0.0),   # nothing built in, ten classes (as paper)
+                  MLP_SIZE=1024, MERGED_FRACTION=0.0),   # no images compared; ten classes, as paper
     "paper": dict(IMAGE_SIZE=32, NUM_TASKS=2**25, BIASED_FRACTION=0.9, TOKEN_FORMAT="paper",
                   GUIDED_START=False, OUTPUT_STD=1.0, MODEL_SIZE=256, NUM_LAYERS=4, NUM_HEADS=8,
                   MLP_SIZE=1024, OPTIMIZER="adamw", BATCH_SIZE=128, STEPS=2**18,

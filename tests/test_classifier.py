@@ -2,11 +2,12 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, gpicl
+from conftest import ROOT, TINY, gpicl
 from hypothesis import HealthCheck, given, settings, strategies
 from sklearn.base import clone
 from sklearn.model_selection import cross_val_score
@@ -645,3 +646,17 @@ def test_classify_follows_ensemble_and_seed(tiny, tmp_path, monkeypatch):
     p = gpicl.InContextClassifier("model.pt", 1, random_state=5).fit(X, y).predict_proba(X)
     with open("predictions.csv", newline="") as file:
         assert [row["p(0)"] for row in csv.DictReader(file)] == [f"{q:.4f}" for q in p[:, 0]]
+
+
+@pytest.mark.parametrize("word", ["load_iris", "load_dataset"])
+def test_the_python_of_the_readme_runs(word, model, tmp_path, monkeypatch, request, capsys):
+    """With a small model in place of a run's, and real images for the block that reads them."""
+    chosen = gpicl.altered(model.settings)
+    if word == "load_dataset":
+        chosen.DATA_DIR = str(request.getfixturevalue("real_data"))
+    monkeypatch.chdir(tmp_path)
+    gpicl.save_checkpoint(tmp_path / "model.pt", chosen, model)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    block, = (block for block in blocks if word in block)
+    exec(block.replace("runs/<your run>/", ""), {})
+    assert capsys.readouterr().out
