@@ -159,7 +159,7 @@ OF_FEATURES = ("WAYS", "SHOTS", "FEATURES_FILE")
 OF_EXPERIMENTS = (*OF_FEATURES, "SEEDS", "WORKERS", "RESULTS_DIR")
 NOT_OF_EXPERIMENTS = ("EVAL_SEED", "AVERAGED_PASSES", "ROW_EVERY", "ROW_SEQUENCES",
                       "CHECKPOINT_SECONDS")
-OF_COMMANDS = {*COMMANDS["classify"]} - {"SEED", "OUT_DIR"}              # only
+OF_COMMANDS = {*COMMANDS["classify"]} - {"SEED", "OUT_DIR"}              # no run reads these
 
 C = 10                                               # classes that the model tells apart
 EVAL_BATCH = 64                                      # sequences that are tested at once
@@ -1722,6 +1722,12 @@ def log_to(path, silent=False):
 
 
 # ------------------------------------------------------------------------------ plumbing: reports
+def paper_numbers(settings, trained_on, tested_on):
+    """Return {method: accuracy (%)} of the paper's table, where ours can be compared with it."""
+    mnist = trained_on == "MNIST" and not settings.TRAIN_DATASET.endswith(".npz")
+    return PAPER.get(tested_on, {}) if mnist and settings.NUM_EXAMPLES == 100 else {}
+
+
 def progress_table(rows, settings):
     """Return the lines of the table that grows during training."""
     lengths = context_lengths(settings)[-1 if settings.ARCHITECTURE == "maml" else 0:]
@@ -2488,15 +2494,14 @@ def measure_table(settings, data, precision):
     training, _, tests = data
     model = trained_model(settings, training, precision)
     method, n, rows = settings.ARCHITECTURE, settings.EVAL_SEQUENCES, []
-    comparable = settings.TRAIN_DATASET in ("auto", "MNIST") and settings.NUM_EXAMPLES == 100
-    paper = PAPER if comparable and training.name == "MNIST" else {}
     lengths = [settings.NUM_EXAMPLES - 1] if method == "transformer" else []
     for name, dataset in tests.items():
         hits, *_ = count_hits(model, dataset, n, settings, precision, lengths=lengths)
         names = {"in-context": "GPICL" if lengths else method.upper(), "SGD (softmax)": "SGD"}
         found = {word: hits[learner][-1] for learner, word in names.items() if learner in hits}
-        rows += [dict(method=word, tested_on=name, accuracy=right / n, paper=paper.get(
-            name, {}).get(word)) for word, right in found.items()]
+        paper = paper_numbers(settings, training.name, name)
+        rows += [dict(method=word, tested_on=name, accuracy=right / n, paper=paper.get(word))
+                 for word, right in found.items()]
     return rows
 
 
@@ -2851,12 +2856,10 @@ def run(preset, settings):
 def test_and_report(model, tests, settings, precision, folder, log, began, facts):
     """Evaluate the model on all of `tests`; write the files of the run, print the table."""
     device, testing, data_sets = next(model.parameters()).device, time.time(), {}
-    comparable = facts["trained_on"] == "MNIST" and settings.NUM_EXAMPLES == 100 and (
-        settings.TRAIN_DATASET in ("auto", "MNIST"))     # no file of that name
     for row, (dataset, num_tasks) in tests.items():
         curves, error = evaluate(model, dataset, settings, precision, num_tasks)
         data_sets[row] = dict(classes=dataset.classes, calibration_error=error, curves=curves,
-                              paper=PAPER.get(row, {}) if comparable else {})
+                              paper=paper_numbers(settings, facts["trained_on"], row))
     results = dict(**facts, settings=vars(settings), data_sets=data_sets,
                    context_lengths=context_lengths(settings), **provenance(device, precision),
                    parameters=sum(p.numel() for p in model.parameters()),
