@@ -157,8 +157,7 @@ COMMANDS = {
 }
 OF_FEATURES = ("WAYS", "SHOTS", "FEATURES_FILE")
 OF_EXPERIMENTS = (*OF_FEATURES, "SEEDS", "WORKERS", "RESULTS_DIR")
-NOT_OF_EXPERIMENTS = ("EVAL_SEED", "AVERAGED_PASSES", "ROW_EVERY", "ROW_SEQUENCES",
-                      "CHECKPOINT_SECONDS")
+NOT_OF_SWEEPS = ("EVAL_SEED", "AVERAGED_PASSES", "ROW_EVERY", "ROW_SEQUENCES", "CHECKPOINT_SECONDS")
 OF_COMMANDS = {*COMMANDS["classify"]} - {"SEED", "OUT_DIR"}              # no run reads these
 
 C = 10                                               # classes that the model tells apart
@@ -174,12 +173,13 @@ MODELS = dict(transformer="Transformer", lstm="LSTM", outer_lstm="outer-product 
               maml="MAML")
 CHOICES = dict(DEVICE=("auto", "cuda", "mps", "cpu"), PRECISION=("auto", "bf16", "fp32"),
                TOKEN_FORMAT=("pairs", "paper"), OPTIMIZER=("muon", "adamw"), ARCHITECTURE=[*MODELS])
+MISSING = {"", "?", "-", "na", "n/a", "null", "none"}    # in a .csv file: no names of columns
+RENDERED = dict(RenderedDigits="0123456789", RenderedLetters="ABCDEFGHIJ")    # stand in for MNIST
 # What each setting is, whatever is written above: type, least, most, and that in words.
 KINDS = {name: kind for *kind, names in (
-    (str, "", chr(0x10ffff), "a text in quotes", (
-        *CHOICES, "DATA_DIR", "OUT_DIR", "TRAIN_DATASET", "EVAL_DATASETS", "CHECKPOINT", "SHOTS",
-        "TRAIN_FILE", "TEST_FILE", "LABEL_COLUMN", "PREDICTIONS_FILE", "FEATURES_FILE",
-        "RESULTS_DIR")),
+    (str, "", chr(0x10ffff), "a text in quotes", (*CHOICES, "DATA_DIR", "OUT_DIR", "RESULTS_DIR",
+        "TRAIN_DATASET", "EVAL_DATASETS", "CHECKPOINT", "SHOTS", "TRAIN_FILE", "TEST_FILE",
+        "LABEL_COLUMN", "PREDICTIONS_FILE", "FEATURES_FILE")),
     (bool, False, True, "True or False", ("COMPARE_IMAGES", "RIDGE_ATTENTION", "GUIDED_START")),
     (int, 0, 2**62, "a whole number, 0 or more", (
         "SEED", "EVAL_SEED", "NUM_TASKS", "WARMUP_STEPS", "AVERAGED_PASSES", "WORKERS")),
@@ -334,13 +334,12 @@ def norm(x):
     return F.layer_norm(x, x.shape[-1:])
 
 
-# The last `queries` examples of a sequence are asked about side by side: each of them comes right
-# after example T - queries, the end of the context. In meta-training there is one.
+# The last `queries` examples of a sequence are asked about side by side, unseen by each other: each
+# of them comes right after example T - queries, the end of the context. In meta-training, one is.
 def shift(x, queries):
     """Return x (B, T, n) moved on: example i gets what belongs to the example before it.
 
-    The first gets zeros: "no example yet" is unlike every class, whose one-hot code has a one. All
-    `queries` get what belongs to the end of the context.
+    The first gets zeros: "no example yet" is unlike every class, whose one-hot code has a one.
     """
     end = x.shape[1] - queries
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :end],
@@ -373,9 +372,8 @@ def ridge_weights(cosines, queries, mask, width=0.25, penalty=0.03):
     T, n = cosines.shape[1], cosines.shape[1] - queries
     with torch.autocast(cosines.device.type, enabled=False):
         kernel = ((cosines - 1) / width).exp()
-        lower = cholesky(kernel + penalty * torch.eye(T, device=kernel.device))[..., :n]
-        weights = torch.linalg.solve_triangular(
-            lower[:, :n], lower.tril(-1), upper=False, left=False)
+        L = cholesky(kernel + penalty * torch.eye(T, device=kernel.device))[..., :n]
+        weights = torch.linalg.solve_triangular(L[:, :n], L.tril(-1), upper=False, left=False)
     labelled = shift(F.pad(weights, (0, queries)).mT, queries).mT        # as the tokens hold them
     return torch.where(mask == 0, labelled, 0)
 
@@ -474,8 +472,7 @@ class Attention(nn.Module):
                 mixture = MIXTURE_SCALE * self.mixture @ around.cosines.flatten(1)
             scores = mixture.view(scores.shape) + scores
         if self.back is not None:
-            i = torch.arange(T, device=h.device)
-            scores = scores + self.back * (i.clamp(max=T - around.queries)[:, None] - 1 == i)
+            scores = scores + self.back * shift(torch.eye(T, device=h.device)[None], around.queries)
         mixed = scores.softmax(-1).to(v.dtype) @ v
         if self.ridge is not None:
             values = v.permute(1, 2, 0, 3).reshape(B, T, D)              # of all heads at once
@@ -513,8 +510,7 @@ class InContextModel(nn.Module):
 
     def __init__(self, settings):
         super().__init__()
-        size, inputs = settings.MODEL_SIZE, outputs_read(settings)
-        self.settings = settings
+        self.settings, size, inputs = settings, settings.MODEL_SIZE, outputs_read(settings)
         width = size // 2 if settings.TOKEN_FORMAT == "pairs" else size
         self.embed_image = nn.Linear(inputs, width, bias=False)
         self.embed_label = nn.Linear(C, size, bias=False)
@@ -567,10 +563,9 @@ def check_context(model, n):
                         f"positions for at most {len(positions) - 1} examples.")
 
 
-def make_model(settings):
-    """Return a new model of these settings' ARCHITECTURE, with random weights."""
-    return {"vsml": VSML, "vsml_free": VSML, "maml": MAML}.get(
-        settings.ARCHITECTURE, InContextModel)(settings)
+def make_model(s):
+    """Return a new model of the ARCHITECTURE of settings `s`, with random weights."""
+    return dict(vsml=VSML, vsml_free=VSML, maml=MAML).get(s.ARCHITECTURE, InContextModel)(s)
 
 
 # --------------------------------------------------------------------------------- meta-training
@@ -614,20 +609,18 @@ def orthogonal(a):
     return x.mT if a.shape[1] > a.shape[2] else x
 
 
-def make_optimizers(model, settings, precision):
+def make_optimizers(model, s, precision):
     """Return the optimisers; every parameter is in exactly one of them.
 
     Muon takes the matrices inside the layers; embeddings, head and scalars are AdamW's.
     """
     hidden = [p for p in getattr(model, "layers", nn.Module()).parameters()
-              if settings.OPTIMIZER == "muon" and p.ndim == 2 and min(p.shape) > C]
+              if s.OPTIMIZER == "muon" and p.ndim == 2 and min(p.shape) > C]
     rest = [p for p in model.parameters() if not any(p is other for other in hidden)]
-    optimizers = [torch.optim.AdamW(rest, settings.LEARNING_RATE, betas=(0.9, settings.ADAM_BETA2),
-                                    eps=settings.ADAM_EPSILON, weight_decay=settings.WEIGHT_DECAY)]
-    if hidden:
-        optimizers.append(Muon(
-            hidden, settings.LEARNING_RATE, settings.WEIGHT_DECAY, DTYPES[precision]))
-    return optimizers
+    adam = torch.optim.AdamW(rest, s.LEARNING_RATE, betas=(0.9, s.ADAM_BETA2), eps=s.ADAM_EPSILON,
+                             weight_decay=s.WEIGHT_DECAY)
+    muon = [Muon(hidden, s.LEARNING_RATE, s.WEIGHT_DECAY, DTYPES[precision])] if hidden else []
+    return [adam, *muon]
 
 
 def learning_rate(step, settings):
@@ -726,10 +719,9 @@ def meta_train(model, dataset, validation, settings, folder, precision, log):
             progress["step"] = step
             progress["seconds"] += seconds
             progress["drawing_seconds"] += drawing
-            rate = learning_rate(step - 1, settings)
+            rate, done = learning_rate(step - 1, settings), step == settings.STEPS
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", rate=f"{rate:.1e}", refresh=False)
-            done = step == settings.STEPS
             if rank == 0 and (done or step % settings.ROW_EVERY == 0):
                 n = settings.ROW_SEQUENCES
                 hits, *_ = count_hits(model, validation, n, settings, precision)
@@ -802,7 +794,7 @@ CLASSICAL = {"1-nearest neighbour": nearest_neighbour, "nearest centroid": neare
              "ridge regression": ridge, "RBF kernel ridge": kernel_ridge, "SGD (softmax)": sgd}
 
 
-def meta_test_key(dataset, start, settings):
+def eval_key(dataset, start, settings):
     """Return the place in the random stream of the meta-test sequences from number `start` on."""
     return "meta-test", dataset.name, start, *([settings.EVAL_SEED] if settings.EVAL_SEED else [])
 
@@ -816,8 +808,7 @@ def starts_and_sizes(n_sequences, length):
 def evaluation_batches(dataset, n_sequences, settings, num_tasks=0):
     """Yield x, y of the meta-test sequences: the same for all models (fixed tasks: of a SEED)."""
     for start, n in starts_and_sizes(n_sequences, settings.NUM_EXAMPLES):
-        yield draw_sequences(dataset, n, settings, meta_test_key(dataset, start, settings),
-                             num_tasks)
+        yield draw_sequences(dataset, n, settings, eval_key(dataset, start, settings), num_tasks)
 
 
 def classical_labels(gram, y):
@@ -851,10 +842,9 @@ def predictions(model, dataset, n_sequences, settings, precision, num_tasks=0, l
             torch.cat(y).numpy(), torch.cat(logits))
 
 
-def count_hits(model, dataset, n_sequences, settings, precision, num_tasks=0, lengths=()):
-    """Return {learner: in how many sequences it was right}, and our logits and labels (n, T)."""
-    found, y, logits = predictions(model, dataset, n_sequences, settings, precision, num_tasks,
-                                   lengths)
+def count_hits(model, dataset, n, settings, precision, num_tasks=0, lengths=()):
+    """Return {learner: in how many of n sequences it was right}, our logits and labels (n, T)."""
+    found, y, logits = predictions(model, dataset, n, settings, precision, num_tasks, lengths)
     hits = {name: (labels == (y if name == "in-context" else y[:, list(lengths)])).sum(0)
             for name, labels in found.items()}
     return hits, logits, torch.from_numpy(y)
@@ -869,7 +859,7 @@ def count_averaged_hits(model, dataset, n_sequences, settings, precision):
     """
     hits, T, device = 0, settings.NUM_EXAMPLES, dataset.x.device
     for start, n in starts_and_sizes(n_sequences, T):
-        key = meta_test_key(dataset, start, settings)
+        key = eval_key(dataset, start, settings)
         chosen = draw_images(dataset, n, T, stream(device, *key))
         coordinates, y = span(dataset.x[chosen]), dataset.y[chosen]
         total = torch.zeros(n, C, device=device)
@@ -920,9 +910,8 @@ def context_temperature(logits, y, prior=0.2):
     The posterior mean of log temperature, whose prior is normal with mean 0 and that std.
     """
     grid = torch.linspace(-1, 2, 61, device=logits.device)
-    surprise = torch.stack([
-        F.cross_entropy((logits / t).mT, y, reduction="none").sum(1) for t in grid.exp()])
-    return (grid @ (-surprise - (grid[:, None] / prior)**2 / 2).softmax(0)).exp()
+    losses = [F.cross_entropy((logits / t).mT, y, reduction="none").sum(1) for t in grid.exp()]
+    return (grid @ (-torch.stack(losses) - (grid[:, None] / prior)**2 / 2).softmax(0)).exp()
 
 
 def calibration_error(probabilities, y, bins=15):
@@ -958,6 +947,8 @@ class InContextClassifier:
     Follows scikit-learn's conventions without needing it. Raises UserError for what can't be used.
     """
 
+    _estimator_type = "classifier"                       # scikit-learn before 1.6 asks for this
+
     def __init__(self, model, n_ensemble=8, scaling="auto", temperature=None, random_state=0):
         self.model, self.n_ensemble, self.scaling = model, n_ensemble, scaling
         self.temperature, self.random_state = temperature, random_state
@@ -968,13 +959,12 @@ class InContextClassifier:
 
     def set_params(self, **params):
         for name, value in params.items():
-            if name not in self.get_params():
-                raise UserError(f"there is no parameter {name!r}"
-                                f"{did_you_mean(name, self.get_params())}")
+            if name not in (known := self.get_params()):
+                raise UserError(f"there is no parameter {name!r}{did_you_mean(name, known)}")
             setattr(self, name, value)
         return self
 
-    def __sklearn_tags__(self):                          # only scikit-learn asks for this
+    def __sklearn_tags__(self):                          # since 1.6 for this
         from sklearn.utils import ClassifierTags, Tags, TargetTags
         return Tags(estimator_type="classifier", target_tags=TargetTags(required=True),
                     classifier_tags=ClassifierTags())
@@ -986,15 +976,13 @@ class InContextClassifier:
         if str(self.scaling) not in ("auto", "shared", "centred", "columns"):
             raise UserError(f"scaling: {self.scaling!r}; expected auto, shared, centred, columns.")
         classes, first, numbers = class_numbers(y, "y")
-        network = self.model
-        if not isinstance(network, nn.Module):
-            network = load_model(network, choose_device("auto")[0])[0]
+        network = self.model if isinstance(self.model, nn.Module) else load_model(self.model)[0]
         check_context(network, len(x))
         kind = getattr(getattr(network, "settings", None), "ARCHITECTURE", None)
         if kind != "transformer":
             raise UserError(f"this model has ARCHITECTURE={kind}; only a transformer of this "
                             "program answers many queries about one context.")
-        self.network_, self.classes_, self.names_ = network, classes, [*getattr(X, "columns", ())]
+        self.network_, self.classes_, self.names_ = network, classes, column_names(X)
         # Numbered as they first appear: other names for the classes change nothing but names.
         self.slots_ = torch.as_tensor(first.argsort().argsort())
         self.labels_ = self.slots_[torch.as_tensor(numbers)]
@@ -1005,8 +993,7 @@ class InContextClassifier:
         uneven = spread.any() and spread.max() > 10 * spread[spread > 0].median()
         kinds = ([self.scaling] if self.scaling != "auto" else ["shared"] if np.ndim(X) > 2 else
                  ["columns"] if uneven else ["centred", "columns"])
-        self.scaling_ = max(
-            kinds, key=lambda kind: neighbours_agree(scaled(x, *scales[kind]), numbers))
+        self.scaling_ = max(kinds, key=lambda k: neighbours_agree(scaled(x, *scales[k]), numbers))
         self.scale_ = scales[self.scaling_]
         return self
 
@@ -1018,26 +1005,24 @@ class InContextClassifier:
         x, context = as_rows(X), scaled(self.examples_[0], *self.scale_)
         if x.shape[1] != self.n_features_in_:
             raise UserError(f"X has {x.shape[1]} features, the examples {self.n_features_in_}.")
-        names = [*getattr(X, "columns", ())]             # of a data frame
+        names = column_names(X)
         if names and self.names_ and names != self.names_:
             raise UserError(f"X has the columns {names}, the examples {self.names_}.")
         if not isinstance(self.n_ensemble, (int, np.integer)) or self.n_ensemble < 1:
             raise UserError(f"n_ensemble is {self.n_ensemble!r}; expected 1 or more.")
         x, network, n = scaled(x, *self.scale_), self.network_, min(len(context), MAX_CONTEXT)
-        device, size = network.head.weight.device, network.settings.PROJECTION_SIZE
-        t = self.temperature
+        device, shape = network.head.weight.device, (x.shape[1], network.settings.PROJECTION_SIZE)
+        t, total = self.temperature, torch.zeros(len(x), len(self.classes_))
         if t is not None and not (isinstance(t, (int, float, np.number)) and t > 0):
             raise UserError(f"temperature is {t!r}; expected a number above 0, or None.")
         if not isinstance(self.random_state, (int, np.integer)):
             raise UserError(f"random_state is {self.random_state!r}; expected a whole number.")
-        total = torch.zeros(len(x), len(self.classes_))
         for i in range(self.n_ensemble):
             generator = stream("cpu", int(self.random_state), "classifier", i)
             rho = torch.randperm(C, generator=generator)
             order = torch.randperm(len(context), generator=generator)[:n]
             labels = rho[self.labels_[order]].to(device)
-            projection = torch.randn(context.shape[1], size, generator=generator)
-            projection = projection.to(device) / context.shape[1]**0.5
+            projection = torch.randn(shape, generator=generator).to(device) / shape[0]**0.5
             seen, t = context[order].to(device) @ projection, self.temperature
             for part, out in zip(x.split(QUERIES), total.split(QUERIES)):
                 shown = torch.cat([seen, part.to(device) @ projection])[None]
@@ -1061,24 +1046,25 @@ class InContextClassifier:
         """Write the fitted classifier, model and examples included, to a file for `load`."""
         if not hasattr(self, "examples_"):
             raise UserError("this classifier has no examples yet; call fit(X, y) first.")
-        labels = [np.asarray(label).item() for label in self.examples_[1]]
+        labels = [np.asarray(label).item() for label in self.examples_[1]]    # NumPy's don't load
         if self.classes_.dtype.kind in "mM" or {*map(type, labels)} - {str, int, float, bool}:
             raise UserError(f"labels like {self.classes_[0]} can't be saved; use words or numbers.")
-        params = {name: np.asarray(value).item()         # NumPy's numbers would not load
-                  for name, value in self.get_params().items() if name != "model"}
+        params = {k: np.asarray(v).item() for k, v in self.get_params().items() if k != "model"}
         params["scaling"] = str(self.scaling_)
-        state = dict(params=params, x=self.examples_[0], y=labels)
+        state = dict(params=params, x=self.examples_[0], y=labels, names=self.names_)
         save_checkpoint(Path(path), self.network_.settings, self.network_, classifier=state)
 
     @classmethod
     def load(cls, path):
         """Return the fitted classifier that `save` wrote."""
-        network, saved = load_model(path, choose_device("auto")[0])
+        network, saved = load_model(path)
         if "classifier" not in saved:
             raise UserError(f"{path} holds a model, but no classifier; make one with "
                             "InContextClassifier(path).fit(X, y).")
         state = saved["classifier"]
-        return cls(network, **state["params"]).fit(state["x"], np.array(state["y"]))
+        classifier = cls(network, **state["params"]).fit(state["x"], np.array(state["y"]))
+        classifier.names_ = state.get("names", [])
+        return classifier
 
 
 def as_rows(X):
@@ -1098,6 +1084,11 @@ def as_rows(X):
         raise UserError(f"X has NaN, infinite or huge numbers, first in row {wrong[0, 0] + 1}; "
                         "fill in or drop them.")
     return torch.from_numpy(x.reshape(len(x), -1))
+
+
+def column_names(X):
+    """Return the names of a data frame's columns as texts; none for other X."""
+    return [*map(str, getattr(X, "columns", ()))]
 
 
 def as_labels(y, n):
@@ -1162,8 +1153,12 @@ def as_dataset(name, x, y, size, device, most=C):
         if x.shape[-2:] != (size, size):
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
     x = (x - x.mean()).flatten(1) / x.std()
-    name = name.replace("$", "_").encode(errors="replace").decode()    # two $: mathematics
-    return Dataset(name, x.to(device), torch.as_tensor(y).long().to(device), len(kinds))
+    return Dataset(printable(name), x.to(device), torch.as_tensor(y).long().to(device), len(kinds))
+
+
+def printable(name):
+    """Return a name as text that every file takes, and figures: two $ there mean mathematics."""
+    return name.replace("$", "_").encode(errors="replace").decode()
 
 
 def torchvision_arrays(name, train, folder):
@@ -1183,7 +1178,7 @@ def torchvision_arrays(name, train, folder):
     place = Path(folder, name, "raw") if hasattr(make, "raw_folder") else Path(folder)
     arguments = make.__init__.__code__.co_varnames
     split = dict(train=train) if "train" in arguments else dict(split="train" if train else "test")
-    split |= dict(split="digits") if name == "EMNIST" else {}
+    split |= dict(split="digits", train=train) if name == "EMNIST" else {}
     try:
         with contextlib.redirect_stdout(None):           # its progress goes to stderr
             data = make(folder, download=True, **split)
@@ -1192,9 +1187,8 @@ def torchvision_arrays(name, train, folder):
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError, ImportError) as error:
         words = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, (OSError, ImportError)) or re.search("download|not found", words):
-            raise DataUnavailable(
-                f"{name} can't be had: it is not in {place} (put its files there) and could not be "
-                f"downloaded, or read ({words}).") from error
+            raise DataUnavailable(f"{name} can't be had: it is not in {place} (put its files there)"
+                                  f" and can't be downloaded, or read ({words}).") from error
         raise UserError(f"{name} in {place} can't be read ({words}); if it is damaged, delete its "
                         "files and run again to get them afresh.") from error
     except (TypeError, AttributeError) as error:
@@ -1210,41 +1204,30 @@ def render_characters(characters, n, seed):
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont          # matplotlib brings Pillow along
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
-    fonts = [path for path in sorted(folder.glob("*.ttf")) if re.match(
+    paths = [path for path in sorted(folder.glob("*.ttf")) if re.match(
         r"(DejaVuSans|DejaVuSansMono|DejaVuSerif|STIXGeneral|cm(b|r|ss|ti|tt)10)[^D]*$", path.stem)]
-    drawn = []
-    for path in fonts:
-        font = ImageFont.truetype(str(path), 40)
-        for stroke in range(3):
-            for character in characters:
-                image = Image.new("L", (56, 56))
-                ImageDraw.Draw(image).text(
-                    (28, 28), character, fill=255, font=font, anchor="mm", stroke_width=stroke)
-                drawn.append(np.asarray(image))
+    fonts, drawn = [ImageFont.truetype(str(path), 40) for path in paths], []
+    for font, stroke, character in itertools.product(fonts, range(3), characters):
+        image = Image.new("L", (56, 56))
+        ImageDraw.Draw(image).text((28, 28), character, 255, font, "mm", stroke_width=stroke)
+        drawn.append(np.asarray(image))
     drawn = torch.tensor(np.array(drawn)).view(-1, len(characters), 56, 56)
     g = torch.Generator().manual_seed(seed)
     style = torch.randint(len(drawn), (n,), generator=g)
     label = torch.randint(len(characters), (n,), generator=g)
 
-    def uniform(low, high):
-        return torch.empty(n).uniform_(low, high, generator=g)
-
-    turn, scale, slant = uniform(-0.15, 0.15), uniform(0.9, 1.1), uniform(-0.15, 0.15)
-    affine = torch.stack([
-        torch.stack([scale * turn.cos(), scale * (slant - turn.sin()), uniform(-.03, .03)], 1),
-        torch.stack([scale * turn.sin(), scale * turn.cos(), uniform(-.03, .03)], 1)], 1)
+    turn, scale, slant, right, down = (torch.empty(n).uniform_(*ends, generator=g) for ends in (
+        (-0.15, 0.15), (0.9, 1.1), (-0.15, 0.15), (-0.03, 0.03), (-0.03, 0.03)))
+    affine = torch.stack([scale * turn.cos(), scale * (slant - turn.sin()), right,
+                          scale * turn.sin(), scale * turn.cos(), down], 1).view(n, 2, 3)
     bend = F.interpolate(0.02 * torch.randn(n, 2, 4, 4, generator=g), (28, 28), mode="bicubic")
     images = []
-    for i in range(0, n, 2048):                          # in parts: float images are large
-        part = slice(i, i + 2048)
-        grid = F.affine_grid(affine[part], (len(affine[part]), 1, 28, 28), align_corners=False)
+    for part in torch.arange(n).split(2048):             # in parts: float images are large
+        grid = F.affine_grid(affine[part], (len(part), 1, 28, 28), align_corners=False)
         image = drawn[style[part], label[part]][:, None].float()
         image = F.grid_sample(image, grid + bend[part].movedim(1, -1), align_corners=False)
         images.append(image[:, 0].clamp(0, 255).byte())
     return torch.cat(images).numpy(), label.numpy()
-
-
-RENDERED = {"RenderedDigits": "0123456789", "RenderedLetters": "ABCDEFGHIJ"}
 
 
 def rendered_arrays(name, train, folder):
@@ -1295,8 +1278,8 @@ def plain(label):
 def read_csv(path, label_column, features=None, names=None):
     """Return x (n, features), labels (n,) and the features' names of a .csv file.
 
-    A first line with a word in another column than the labels' is a header, or one of 0, 1, 2 ...
-    (of a test, where `features` are so many: of the same `names`); without, names are None. The
+    A first line with a word in another column than the labels', or above numbers, is a header, or
+    one of 0, 1, 2 ... (of a test, where `features` are so many: of the same `names`). The
     labels are in the column `label_column`: "last", a name in a header (numbers are names in one of
     0, 1, 2 ... only), or its number from 1. With as many columns as `features` they are None.
     """
@@ -1315,9 +1298,9 @@ def read_csv(path, label_column, features=None, names=None):
     for line, row in lines:
         if len(row) != width:
             raise UserError(f"{path}: line {line} has {len(row)} values, the first has {width}.")
-    labelled, numbers = width != features, [number(cell) for cell in first]
+    labelled, counting = width != features, [*map(str, range(width))]  # pandas names columns so
     likely = features is None or names is not None       # a header; not where the examples had none
-    counted = likely and numbers == [*range(width)]
+    counted = likely and first == counting
     named = labelled and label_column in set(first) - {"last"} and (
         counted or not label_column.isdecimal())
     if named:
@@ -1328,10 +1311,12 @@ def read_csv(path, label_column, features=None, names=None):
                             f"{', '.join(first)[:200]}.")
         place = int(label_column) - 1
     columns = [i for i in range(width) if not (labelled and i == place)]
-    words, head = [first[i] for i in columns], [numbers[i] for i in columns]
-    numbered = len(head) > 1 and head == [*range(len(head))] and (counted or numbers[place] is None)
-    worded = None in head if likely else {*head} == {None}
-    header = worded or named or (numbered if features is None else words == names)
+    words, below = [first[i] for i in columns], [number(row[place]) for _, row in lines[1:]]
+    worded = [number(cell) is None and cell.lower() not in MISSING for cell in first]
+    numbered = width > 2 and words == counting[:-1] and (counted or worded[place])
+    titled = worded[place] and len(below) > 0 and None not in below    # a word above numbers
+    header = named or (any if likely else all)(worded[i] for i in columns) or (
+        numbered or titled if features is None else words == names)
     if header and "" in first:
         raise UserError(f"{path}: column {first.index('') + 1} has no name in the first line; if "
                         "it only numbers the rows, leave it out (pandas: index=False).")
@@ -1395,8 +1380,7 @@ def stop_requests():
         requests.append(number)
 
     main = threading.current_thread() is threading.main_thread()      # no other may catch them
-    former = {number: signal.signal(number, note)
-              for number in (signal.SIGINT, signal.SIGTERM) if main}
+    former = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM) if main}
     try:
         yield requests
     finally:
@@ -1423,11 +1407,10 @@ def replacing(path, called=None):
             temporary.unlink()
 
 
-def save_checkpoint(path, settings, model, **more):
+def save_checkpoint(path, s, model, **more):
     """Write model, settings and whatever else resuming needs; `path` is never half written."""
-    with replacing(path) as temporary:
-        torch.save(dict(format=FORMAT, settings=vars(settings), model=model.state_dict(), **more),
-                   temporary)
+    with replacing(path) as file:
+        torch.save(dict(format=FORMAT, settings=vars(s), model=model.state_dict(), **more), file)
 
 
 def load_checkpoint(path, settings=None):
@@ -1450,10 +1433,10 @@ def load_checkpoint(path, settings=None):
     return saved
 
 
-def load_model(path, device):
+def load_model(path, device=None):
     """Return (model, saved): the model of a model.pt, and all that the file holds."""
     saved = load_checkpoint(path)
-    model = make_model(default_settings(**saved["settings"])).to(device)
+    model = make_model(default_settings(**saved["settings"])).to(device or choose_device("auto")[0])
     model.load_state_dict(saved["model"])
     return model, saved
 
@@ -1548,7 +1531,7 @@ def readers(name):
     """Return the presets, commands and experiments that read a setting."""
     presets = [] if name in {*OF_COMMANDS, *OF_EXPERIMENTS} else [*PRESETS]
     commands = [command for command, names in COMMANDS.items() if name in names]
-    experiments = [] if name in {*OF_COMMANDS, *NOT_OF_EXPERIMENTS} else [
+    experiments = [] if name in {*OF_COMMANDS, *NOT_OF_SWEEPS} else [
         word for word in EXPERIMENTS if (word == "features" or name not in OF_FEATURES) and (
             word != "plateau" or name != "EVAL_DATASETS")]
     return presets + commands + experiments
@@ -1767,8 +1750,7 @@ def result_table(results):
 
 def write_csv(path, rows, called=None):
     """Write lists of cells to a .csv file, which is never half written; `called` so in errors."""
-    with replacing(path, called) as temporary, open(
-            temporary, "w", newline="", encoding="utf-8") as file:
+    with replacing(path, called) as new, open(new, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
 
 
@@ -2182,8 +2164,7 @@ def runs_of(name, settings, flags):
     for cell in EXPERIMENTS[name].cells:
         for key in {"ARCHITECTURE", "TOKEN_FORMAT"} & {*cell} & {*flags}:
             raise UserError(f"{name} compares models of different {key}; leave that flag out.")
-        cell = {key: getattr(settings, key) if key in flags else value
-                for key, value in cell.items()}
+        cell = {k: getattr(settings, k) if k in flags else v for k, v in cell.items()}
         check_settings(altered(settings, **cell))
         cells += [cell] if cell not in cells else []
     return [dict(cell, SEED=settings.SEED + i) for i in range(settings.SEEDS) for cell in cells]
@@ -2451,10 +2432,9 @@ def measure_architectures(settings, data, precision):
 
 def rank_correlation(x, y):
     """Return Spearman's rank correlation of x and y; equal values share their mean rank."""
-    ranks = [(np.less.outer(v, v).sum(0) + np.less_equal.outer(v, v).sum(0) + 1) / 2
-             for v in (x, y)]
+    rank = [(np.less.outer(v, v).sum(0) + np.less_equal.outer(v, v).sum(0) + 1) / 2 for v in (x, y)]
     with np.errstate(all="ignore"):                      # nan where all values are equal
-        return np.corrcoef(*ranks)[0, 1]
+        return np.corrcoef(*rank)[0, 1]
 
 
 def report_architectures(rows, figure):
@@ -2563,9 +2543,8 @@ def draw_episodes(dataset, n_episodes, ways, shots, settings, key):
         order = torch.randperm(ways * shots, generator=generator)
         images.append(torch.cat([rows[:, :-1].flatten()[order], rows[:1, -1]]))
         labels.append(torch.cat([slots[:, :-1].flatten()[order], slots[:1, -1]]))
-    x = project_afresh(span(dataset.x[torch.stack(images).to(device)]), settings,
-                       stream(device, *key))
-    return x, torch.stack(labels).to(device)
+    images = span(dataset.x[torch.stack(images).to(device)])
+    return project_afresh(images, settings, stream(device, *key)), torch.stack(labels).to(device)
 
 
 def measure_features(settings, data, precision):
@@ -2778,14 +2757,13 @@ def load_tests(name, settings, device, notices):
                 raise
             notices.append(f"\n*** NOTICE: {error}\n*** It is left out of the evaluation.\n")
             continue
-        row = word if dataset.name in {*tests, *names} else dataset.name     # MNIST.npz
-        row = row.replace("$", "_").encode(errors="replace").decode()        # as in as_dataset
+        taken = {*tests, *names, *(() if known else PAPER)}            # someone's MNIST.npz
+        row = printable(word) if dataset.name in taken else dataset.name
         if settings.NUM_TASKS and known:
             tests[f"{row}, seen tasks"] = dataset, settings.NUM_TASKS
         tests[row] = dataset, 0
     if not tests:
-        raise UserError("EVAL_DATASETS names no data set that can be had; for example "
-                        "--EVAL_DATASETS=MNIST.")
+        raise UserError("EVAL_DATASETS names no data set to be had; try --EVAL_DATASETS=MNIST.")
     return tests
 
 
@@ -2846,7 +2824,7 @@ def run(preset, settings):
         source = os.path.realpath(source) if source.endswith(".npz") else source
         save_checkpoint(final, settings, model, progress=progress, trained_on=training.name,
                         source=source, device=device.type)
-    for done in folder.glob("checkpoint*.pt"):           # and what a kill left half written
+    for done in [*folder.glob("checkpoint*.pt"), *folder.glob("*.tmp.*")]:   # half written ones
         done.unlink(missing_ok=True)
     test_and_report(model, tests, settings, precision, folder, log, began, dict(
         trained_on=training.name, preset=preset, processes=world, steps=progress["step"],
@@ -2959,8 +2937,9 @@ def explained(error):
 def main(arguments):
     """Run a command line; return the exit code."""
     socket.setdefaulttimeout(20)                         # for downloads from a silent network
-    for out in filter(None, (sys.stdout, sys.stderr)):
-        out.reconfigure(errors="backslashreplace")       # where a terminal has no ±
+    for out in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):        # a notebook's can't
+            out.reconfigure(errors="backslashreplace")   # where a terminal has no ±
     keep_freed_memory()
     try:
         if {"-h", "--help"} & set(arguments):

@@ -243,6 +243,7 @@ def test_it_works_inside_scikit_learn(model):
     classifier = InContextClassifier(model, n_ensemble=2)
     assert cross_val_score(classifier, X, y, cv=3).mean() > 0.5
     assert cross_val_score(make_pipeline(StandardScaler(), classifier), X, y, cv=3).mean() > 0.5
+    assert classifier._estimator_type == "classifier"    # what scikit-learn before 1.6 goes by
     copy = clone(classifier).set_params(random_state=5)
     assert copy.get_params()["random_state"] == 5 and classifier.random_state == 0
     assert copy.fit(X, y).n_features_in_ == 6
@@ -414,7 +415,19 @@ def test_classify_from_csv_files(model_file, tmp_path, capsys, monkeypatch):
     pandas = write(tmp_path / "pandas.csv", [[*range(6), "kind"], *rows[:40]])
     assert gpicl.read_examples(pandas, "last")[0].shape == (40, 6)
 
-    # but not the first row of a test, nor 0, 1, 2 ... that a number follows
+    # so is a line of other numbers, or one that lacks some, where a word stands above numbers
+    for line in ((3, 5, "kind"), ("?", 5, "kind")):
+        years = write(tmp_path / "years.csv", [line, [1, 2, 0], [4, 5, 1]])
+        x, labels, words = gpicl.read_examples(years, "last")
+        assert x.tolist() == [[1, 2], [4, 5]] and labels.tolist() == [0, 1]
+        assert gpicl.read_examples(years, "last", 2, words)[0].tolist() == [[1, 2], [4, 5]]
+    # but a line that lacks one is else no header, which would hide it
+    for hole in ("?", "NA", ""):
+        hidden = write(tmp_path / "hidden.csv", [[1, hole, 3, "a"], [4, 5, 6, "b"]])
+        with pytest.raises(UserError, match=f"'{re.escape(hole)}' in line 1, column 2, is not a"):
+            gpicl.read_examples(hidden, "last")
+
+    # nor is the first row of a test, nor 0, 1, 2 ... that a number follows
     two = write(tmp_path / "two.csv", [[0, 1, 1], [1, 0, 0], [1, 1, 1]])
     assert gpicl.read_examples(two, "last")[0].tolist() == [[0, 1], [1, 0], [1, 1]]
     two = write(tmp_path / "two.csv", [[0, 1], [1, 0]])
@@ -586,7 +599,7 @@ def test_a_folder_is_no_damaged_checkpoint(tmp_path, fails):
     assert "can't read the checkpoint" in error and "Is a directory" in error
 
 
-def test_columns_in_another_order_are_refused(model):
+def test_columns_in_another_order_are_refused(model, tmp_path):
     class Frame(np.ndarray):                             # as much of pandas' as matters
         pass
 
@@ -595,8 +608,10 @@ def test_columns_in_another_order_are_refused(model):
     X.columns, turned.columns, other.columns = [*"abcdef"], [*"fedcba"], [*"abcdef"]
     fitted = InContextClassifier(model, 1).fit(X, y)
     assert np.array_equal(fitted.predict(other), fitted.predict(np.asarray(X)))
-    with pytest.raises(UserError, match="X has the columns .*'f', 'e'.* the examples .*'a', 'b'"):
-        fitted.predict(turned)
+    fitted.save(tmp_path / "c.pt")
+    for classifier in (fitted, InContextClassifier.load(tmp_path / "c.pt")):
+        with pytest.raises(UserError, match="X has the columns .*'f', 'e'.* the examples .*'a'"):
+            classifier.predict(turned)
 
 
 def test_a_failed_fit_changes_nothing(model):

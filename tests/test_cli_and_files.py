@@ -93,6 +93,11 @@ def test_every_preset_is_valid_and_overridden_by_flags():
         assert gpicl.read_settings([preset, "--STEPS=11"])[1].STEPS == 11
 
 
+def test_it_runs_where_standard_output_is_no_terminal_or_file(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())    # as in a notebook's %run
+    assert gpicl.main(["--help"]) == 0 and "Presets" in sys.stdout.getvalue()
+
+
 def test_help_shows_every_setting_and_preset_with_its_comment(capsys):
     assert gpicl.main(["--help"]) == 0
     text = capsys.readouterr().out
@@ -405,10 +410,17 @@ def test_test_images_are_not_training_images(tmp_path, monkeypatch):
         def __init__(self, root, train=True, download=False):
             self.data, self.targets = np.full((9, 2), train), np.arange(9)
 
+    class Splits(Fake):                                  # as torchvision's EMNIST
+        def __init__(self, root, split, **others):
+            assert split == "digits"
+            super().__init__(root, **others)
+
     monkeypatch.setattr(datasets, "MNIST", Fake)
+    monkeypatch.setattr(datasets, "EMNIST", Splits)
     monkeypatch.setattr(gpicl, "render_characters", lambda characters, n, seed: (
         np.full((9, 2), seed), np.arange(9)))
     for name, arrays in (("MNIST", gpicl.torchvision_arrays), ("Random", gpicl.random_arrays),
+                         ("EMNIST", gpicl.torchvision_arrays),
                          ("RenderedDigits", gpicl.rendered_arrays)):
         train, test = (arrays(name, kind, tmp_path)[0] for kind in (True, False))
         assert not (train == test).any(), name
@@ -561,6 +573,18 @@ def test_the_table_tells_chance_and_the_paper_only_where_comparable(
                                      NUM_EXAMPLES=examples, VALIDATION_IMAGES=100)) == 0
         out = capsys.readouterr().out
         assert "the paper" not in out and re.search("chance +25.0", out)
+
+
+def test_a_file_called_as_a_data_set_is_not_compared_with_the_paper(
+        tiny_flags, tmp_path, blobs, capsys, monkeypatch):
+    mnist = blobs.x.numpy(), blobs.y.numpy()
+    monkeypatch.setattr(gpicl, "torchvision_arrays", lambda *arguments: mnist)
+    np.savez(tmp_path / "FashionMNIST.npz", x=mnist[0], y=mnist[1])
+    assert gpicl.main(tiny_flags(
+        TRAIN_DATASET="MNIST", EVAL_DATASETS=f"MNIST,{tmp_path}/FashionMNIST.npz", STEPS=1,
+        NUM_EXAMPLES=100, VALIDATION_IMAGES=100)) == 0
+    out = capsys.readouterr().out
+    assert "GPICL 73.7" in out and "GPICL 62.24" not in out and "FashionMNIST.npz@99: " in out
 
 
 # ------------------------------------------------------------------------------- the file itself

@@ -102,8 +102,9 @@ def test_resume_after_kill_9_is_bit_identical(tiny_flags, tmp_path):
     process.wait()
     reached = gpicl.load_checkpoint(next((tmp_path / "killed").glob("*/checkpoint.pt")))
     assert 0 < reached["progress"]["step"] < 60
-    half_written = next((tmp_path / "killed").iterdir()) / "checkpoint.1.tmp.pt"
-    half_written.write_bytes(b"a kill may come at any time")
+    for name in ("checkpoint.1.tmp.pt", "model.1.tmp.pt", "results.1.tmp.json"):
+        half_written = next((tmp_path / "killed").iterdir()) / name
+        half_written.write_bytes(b"a kill may come at any time")
     again = run(flags)
     assert again.returncode == 0 and "Continuing after step" in again.stdout
     a, b = (gpicl.load_checkpoint(next((tmp_path / name).glob("*/model.pt")))
