@@ -50,6 +50,7 @@ import socket
 import sys
 import threading
 import time
+import timeit
 import zipfile
 from concurrent import futures
 from pathlib import Path
@@ -1470,9 +1471,8 @@ def setting_comments():
 def default_settings(**overrides):
     """Return the settings at the top of this file, with some of them replaced."""
     settings = {name: globals()[name] for name in setting_comments()}
-    for name in overrides:
-        if name not in settings:
-            raise UserError(f"there is no setting {name!r}{did_you_mean(name, settings)}")
+    for name in {*overrides} - {*settings}:
+        raise UserError(f"there is no setting {name!r}{did_you_mean(name, settings)}")
     return SimpleNamespace(**{**settings, **overrides})
 
 
@@ -1584,17 +1584,16 @@ def processes():
 
 
 @contextlib.contextmanager
-def joined_processes(settings):
+def joined_processes(s):
     """Join the processes that torchrun started, and leave them at the end."""
-    kind = choose_device(settings.DEVICE)[0].type
+    kind = choose_device(s.DEVICE)[0].type
     if kind == "mps":
         raise UserError("several processes can't share MPS; use --DEVICE=cpu, or one process.")
     torch.distributed.init_process_group(                # the others wait while the first one tests
         "nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
     try:
-        if settings.BATCH_SIZE % processes()[1]:
-            raise UserError(f"BATCH_SIZE={settings.BATCH_SIZE} can't be split evenly over "
-                            f"{processes()[1]} processes.")
+        if s.BATCH_SIZE % (n := processes()[1]):
+            raise UserError(f"BATCH_SIZE={s.BATCH_SIZE} can't be split evenly over {n} processes.")
         yield
         torch.distributed.barrier()                      # who leaves early may take others along
     finally:
@@ -1665,12 +1664,8 @@ def flops(model, x, y):
 
 def matmul_rate(device, precision, size=2048):
     """Return the FLOP/s of large square matrix products: the best of ten, for comparison."""
-    a, best = torch.randn(size, size, device=device).to(DTYPES[precision]), math.inf
-    for _ in range(10):
-        began = clock(device)
-        a @ a
-        best = min(best, clock(device) - began)
-    return 2 * size**3 / best
+    a = torch.randn(size, size, device=device).to(DTYPES[precision])
+    return 2 * size**3 / min(timeit.repeat(lambda: (a @ a, clock(device)), number=1, repeat=10))
 
 
 def run_folder(settings, name, *key):
@@ -1715,37 +1710,33 @@ def progress_table(rows, settings):
     """Return the lines of the table that grows during training."""
     lengths = context_lengths(settings)[-1 if settings.ARCHITECTURE == "maml" else 0:]
     lines = ["", "Accuracy (%) on unseen tasks of validation images, after so many examples:",
-             f"{'step':>7}{'seconds':>9}{'loss':>8}{'rate':>9}  |" + "".join(
-                 f"{n:6}" for n in lengths)]
+             "   step  seconds    loss     rate  |" + "".join(f"{n:6}" for n in lengths)]
     return lines + [f"{row['step']:7}{row['seconds']:9.0f}{row['loss']:8.3f}{row['rate']:9.1e}  |"
                     + "".join(f"{100 * row['accuracy'][n]:6.1f}" for n in lengths) for row in rows]
 
 
 def result_table(results):
     """Return the lines of the final table and the greppable ones."""
-    lengths, greppable = results["context_lengths"], []
+    lengths, rows, greppable = results["context_lengths"], [], []
     ours = MODELS[results["settings"]["ARCHITECTURE"]]
-    lines = ["", f"{'Accuracy (%) after so many examples':38}" + "".join(f"{n:6}" for n in lengths)]
-
-    def row(label, cells):
-        lines.append((f"{label:38}" + "".join(f"{cell:>6}" for cell in cells)).rstrip())
-
     for name, entry in results["data_sets"].items():
         for learner, curve in entry["curves"].items():
-            at = {n: i for i, n in enumerate(curve["examples"])}
-            cells = [f"{100 * curve['accuracy'][at[n]]:.1f}" if n in at else "" for n in lengths]
-            row(f"{name}: {ours}" if learner == ours else "  " + learner, cells)
+            examples, accuracy = curve["examples"], 100 * np.array(curve["accuracy"])
+            label = f"{name}: {ours}" if learner == ours else f"  {learner}"
+            rows.append((label, dict(zip(examples, accuracy))))
             if learner == ours:
                 half = 50 * np.subtract(curve["high"], curve["low"])
-                row("  95 % interval, ±",
-                    [f"{half[at[n]]:.1f}" if n in at else "" for n in lengths])
+                rows.append(("  95 % interval, ±", dict(zip(examples, half))))
                 key = f"{name.replace(' ', '-')}@{lengths[-1]}"
-                greppable.append(f"{key}: {cells[-1]} ± {half[-1]:.1f}")
-        row("  chance", [f"{100 / entry['classes']:.1f}" for n in lengths])
+                greppable.append(f"{key}: {accuracy[-1]:.1f} ± {half[-1]:.1f}")
+        rows.append(("  chance", dict.fromkeys(lengths, 100 / entry["classes"])))
         if entry["paper"]:
             words = ", ".join(f"{method} {value}" for method, value in entry["paper"].items())
-            lines.append(f"  the paper, after 99: {words}")
-    return [*lines, "", *greppable]
+            rows.append((f"  the paper, after 99: {words}", {}))
+    lines = [f"{label:38}" + "".join(f"{at[n]:6.1f}" if n in at else 6 * " " for n in lengths)
+             for label, at in rows]
+    head = f"{'Accuracy (%) after so many examples':38}" + "".join(f"{n:6}" for n in lengths)
+    return ["", head, *map(str.rstrip, lines), "", *greppable]
 
 
 def write_csv(path, rows, called=None):
@@ -1763,13 +1754,11 @@ def plot(path, results):
     for panel, (name, entry) in zip(panels, entries.items()):
         for color, (learner, curve) in enumerate(entry["curves"].items()):
             accuracy, low, high = (100 * np.array(curve[k]) for k in ("accuracy", "low", "high"))
-            if len(accuracy) == 1:
-                panel.plot(curve["examples"], accuracy, f"C{color}D", ms=5, zorder=5, label=learner)
-            elif learner == ours:
+            style = "D" if len(accuracy) == 1 else "-" if learner == ours else ".--"
+            if learner == ours:
                 panel.fill_between(curve["examples"], low, high, color="C0", alpha=0.25, lw=0)
-                panel.plot(curve["examples"], accuracy, "C0", lw=2, zorder=5, label=learner)
-            else:
-                panel.plot(curve["examples"], accuracy, f"C{color}.--", lw=1, label=learner)
+            panel.plot(curve["examples"], accuracy, f"C{color}{style}", label=learner,
+                       lw=2 if learner == ours else 1, zorder=2 if style == ".--" else 5)
         panel.axhline(100 / entry["classes"], color="grey", ls=":", label="chance")
         if entry["paper"]:
             panel.plot([99], [entry["paper"]["GPICL"]], "k*", ms=10, label="GPICL in the paper")
@@ -1798,8 +1787,7 @@ def help_text():
 
 
 # ----------------------------------------------------------------------- the other architectures
-# Each stands in a Block where attention stands, behind the same call: h (B, T, D) to (B, T, D),
-# nothing from later examples.
+# Each takes attention's place in a Block, called alike: h (B, T, D) to (B, T, D), causal.
 class LSTM(nn.Module):
     """Long short-term memory (Hochreiter and Schmidhuber 1997): torch's own."""
 
@@ -1958,8 +1946,7 @@ class VSML(nn.Module):
             if settings.GUIDED_START:                    # as with the symmetries, of fewer numbers
                 for layer in (self.into, self.told, self.head):
                     nn.init.zeros_(layer.bias)
-                nn.init.eye_(self.told.weight)
-                nn.init.eye_(self.head.weight)
+                    nn.init.eye_(layer.weight)
                 few = torch.randn(size, settings.PROJECTION_SIZE)
                 self.into.weight.data = torch.kron(F.normalize(few), torch.eye(images))
         self.forward_message = nn.Linear(images, 4 * n)
@@ -2027,8 +2014,7 @@ class MAML(nn.Module):
 
 
 # ------------------------------------------------------------------------------- the experiments
-# The paper's other experiments. Each is a sweep: many short runs that differ in a few settings and
-# in the seed, then a table, a .csv file and a figure. A run that has ended is never made again.
+# The paper's other experiments: each is many short runs, then a table, a .csv file and a figure.
 class Experiment(NamedTuple):
     """A sweep: what is run and measured, and how it is told."""
     title: str                             # of the figure
@@ -2071,8 +2057,7 @@ def draw_curves(rows, panel, x, y, by, title, unit=100, digits=1):
     """
     if not rows:
         return []
-    marks = values_of(rows, x)
-    numeric = not any(isinstance(mark, str) for mark in marks)
+    marks, numeric = values_of(rows, x), not isinstance(rows[0][x], str)
     marks = sorted(marks) if numeric else marks
     table = [["", *map(str, marks)]]
     for color, kind in enumerate(values_of(rows, by)):
@@ -2081,19 +2066,15 @@ def draw_curves(rows, panel, x, y, by, title, unit=100, digits=1):
         table.append([str(kind), *(
             "-" if math.isnan(m) else f"{m:.{digits}f}" if math.isnan(h) else
             f"{m:.{digits}f} ±{h:{digits + 2}.{digits}f}" for m, h in zip(mean, half))])
-        if panel:
-            there = ~np.isnan(mean)
-            places = np.array(marks) if numeric else np.arange(len(marks)) + 0.08 * color
-            panel.errorbar(places[there], mean[there], half[there], marker="o", ms=4, capsize=3,
-                           label=kind)
-    if panel:
-        panel.set(title=title, xlabel=x)
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
-        panel.set_xscale("log" if numeric and min(marks) > 0 else "linear")
-        if len(marks) < 10 or not numeric:               # more numbers would overlap
-            panel.set_xticks(marks if numeric else range(len(marks)), marks, fontsize=8)
-            panel.minorticks_off()
+        ok = ~np.isnan(mean)
+        places = np.array(marks) if numeric else np.arange(len(marks)) + 0.08 * color
+        panel.errorbar(places[ok], mean[ok], half[ok], marker="o", ms=4, capsize=3, label=kind)
+    panel.set(title=title, xlabel=x, xscale="log" if numeric and min(marks) > 0 else "linear")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8, framealpha=0.5)             # it may lie on a curve
+    if len(marks) < 10 or not numeric:                   # more numbers would overlap
+        panel.set_xticks(marks if numeric else range(len(marks)), marks, fontsize=8)
+        panel.minorticks_off()
     label = max(len(kind) for kind, *_ in table)
     width = 1 + max(len(word) for _, *words in table for word in words)
     return ["", f"{title}, by {x}", *(kind.ljust(label) + "".join(
@@ -2139,9 +2120,8 @@ def one_run(job):
     keep_freed_memory()
     began, settings = time.time(), default_settings(**{**values, "EVAL_SEED": values["SEED"]})
     device, _, precision = choose_device(settings.DEVICE, settings.PRECISION)
-    data = data_of_runs(device, **{key: values[key] for key in (
-        "TRAIN_DATASET", "EVAL_DATASETS", "IMAGE_SIZE", "VALIDATION_IMAGES", "NUM_EXAMPLES",
-        "DATA_DIR")})
+    data = data_of_runs(device, **{key: values[key] for key in ("DATA_DIR", "TRAIN_DATASET",
+        "EVAL_DATASETS", "IMAGE_SIZE", "VALIDATION_IMAGES", "NUM_EXAMPLES")})
     try:
         rows = EXPERIMENTS[name].measure(settings, data, precision)
     except UserError as error:
@@ -2172,6 +2152,7 @@ def runs_of(name, settings, flags):
 
 def sweep(name, settings, flags):
     """Make the runs of an experiment that are not yet made; write and print what they tell."""
+    from matplotlib.figure import Figure                 # no pyplot: needs no display, no state
     device, why, precision = choose_device(settings.DEVICE, settings.PRECISION)
     training, _, tests, notices = load_all(altered(settings, NUM_TASKS=0), device)
     runs = runs_of(name, settings, flags)
@@ -2191,32 +2172,24 @@ def sweep(name, settings, flags):
         f"Device      {device.type} ({why}), {precision}; {machine(device)}\n"
         f"Data        {training.name}; tested on {', '.join(tests)}\nRun folder  {folder}")
     jobs = [(name, {**vars(settings), **run}, run, max(1, threads // workers)) for run in todo]
-    with run_all(jobs, workers) as made, open(folder / "runs.jsonl", "a") as file:
-        for record in tqdm(made, total=len(jobs), unit="run", leave=False,
-                           disable=None if jobs else True):
+    with run_all(jobs, workers) as made, open(folder / "runs.jsonl", "a", buffering=1) as file:
+        for record in tqdm(made, total=len(jobs), unit="run", leave=False, disable=None):
             done[json.dumps(record["cell"])] = record
             file.write("\n" + json.dumps(record))        # first: a line cut short stays alone
-            file.flush()
     records = [done[json.dumps(run)] for run in runs]
     rows = [{**record["cell"], **row} for record in records for row in record["rows"]]
-    tell(name, rows, results, log, dict(
-        experiment=name, runs=len(runs), settings=common, **provenance(device, precision),
-        run_seconds=sum(record["seconds"] for record in records)))
-
-
-def tell(name, rows, folder, log, facts):
-    """Write and print the table of an experiment, and write its figure, .csv and record."""
-    from matplotlib.figure import Figure                 # no pyplot: needs no display, no state
     figure = Figure(layout="constrained")
     lines = EXPERIMENTS[name].report(rows, figure)
     figure.suptitle(EXPERIMENTS[name].title)
-    with replacing(folder / f"{name}.png") as temporary:
+    with replacing(results / f"{name}.png") as temporary:
         figure.savefig(temporary, dpi=110)
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    write_csv(folder / f"{name}.csv", [columns, *(map(row.get, columns) for row in rows)])
-    with replacing(folder / f"{name}.json") as temporary:
-        temporary.write_text(json.dumps(dict(facts, table=lines), indent=1))
-    log("", *lines, "", f"Written: {folder / name}.csv, .json, .png")
+    write_csv(results / f"{name}.csv", [columns, *(map(row.get, columns) for row in rows)])
+    facts = dict(experiment=name, runs=len(runs), settings=common, **provenance(device, precision),
+                 run_seconds=sum(record["seconds"] for record in records), table=lines)
+    with replacing(results / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps(facts, indent=1))
+    log("", *lines, "", f"Written: {results / name}.csv, .json, .png")
 
 
 def read_runs(path):
@@ -2331,18 +2304,13 @@ PLATEAU_BASE = dict(BATCH_SIZE=64, NUM_TASKS=0, OPTIMIZER="muon", LEARNING_RATE=
 
 
 def plateau_length(steps, losses, drop=0.1):
-    """Return after how many steps the loss of guessing, log C, is left behind for good; or None.
-
-    Left is: lower by `drop` nats, at the first of the given steps from which on it stays so.
-    """
+    """Return the first of `steps` from which on the loss stays `drop` nats below log C, or None."""
     after = max((i for i, loss in enumerate(losses, 1) if not loss < math.log(C) - drop), default=0)
     return steps[after] if after < len(steps) else None
 
 
 def measure_plateau(settings, data, precision, every=20, enough=3):
-    """Return the lengths of the plateau on the tasks of the training (without bias) and on fresh
-    tasks, of validation images both. The run ends soon after both have been left.
-    """
+    """Return the plateau's lengths on validation images, unbiased, of the run's and fresh tasks."""
     (training, validation, _), steps = data, []
     losses = {num_tasks: [] for num_tasks in (settings.NUM_TASKS, 0)}    # one, where all are fresh
     batches = {num_tasks: draw_sequences(validation, settings.EVAL_SEQUENCES, settings, (
@@ -2354,11 +2322,9 @@ def measure_plateau(settings, data, precision, every=20, enough=3):
                 for num_tasks, (x, y) in batches.items():
                     logits = logits_of(model, x, y, precision).flatten(0, 1)
                     losses[num_tasks].append(F.cross_entropy(logits, y.flatten()).item())
-            last = steps[-enough:]
-            if len(last) == enough and all(plateau_length(last, found[-enough:]) == last[0]
-                                           for found in losses.values()):
-                break
-    lengths = {num_tasks: plateau_length(steps, found) for num_tasks, found in losses.items()}
+            lengths = {n: plateau_length(steps, found) for n, found in losses.items()}
+            if len(steps) >= enough and all(at and at <= steps[-enough] for at in lengths.values()):
+                break                                    # both were left a while ago
     return [dict(tested_on=kind, length=lengths[n], left=lengths[n] is not None, steps=steps[-1])
             for kind, n in (("training tasks", settings.NUM_TASKS), ("unseen tasks", 0))]
 
@@ -2377,8 +2343,9 @@ def report_plateau(rows, figure):
         if not runs:                                     # a flag holds this factor fixed
             panel.set_axis_off()
             continue
-        lines += draw_curves(select(runs, left=True), None, "value", "length", "tested_on",
+        lines += draw_curves(select(runs, left=True), panel, "value", "length", "tested_on",
                              f"Length of the plateau (steps): {factor}", 1, 0)
+        panel.clear()                                    # every run is drawn, not their means
         values, kinds = values_of(runs, "value"), values_of(runs, "tested_on")
         lines += [f"  not left within {cap} steps: {value}, {kind}, {len(stuck)} runs"
                   for value, kind in itertools.product(values, kinds)
@@ -2446,12 +2413,11 @@ def report_architectures(rows, figure):
         models.setdefault(str(cell), []).append(row)
     for mine in models.values():
         architecture, state, parameters = map(mine[0].get, ("ARCHITECTURE", "state", "parameters"))
-        line = f"{architecture:13}{state:9,} state{parameters:11,} parameters"
+        lines.append(f"{architecture:13}{state:9,} state{parameters:11,} parameters")
         for kind in values_of(mine, "tested_on"):
             mean, half = summary(select(mine, tested_on=kind), "accuracy")
-            line += f"   {kind}{100 * mean:6.1f} ±{100 * half:4.1f}".replace(" ± nan", "")
+            lines[-1] += f"   {kind}{100 * mean:6.1f} ±{100 * half:4.1f}".replace(" ± nan", "")
             points += [(state, parameters, mean, mean - half > 1 / C)] if kind == first else []
-        lines.append(line)
     points = np.array(points)
     learnt = points[points[:, 3] > 0]                    # the others have not left the plateau
     groups = [(learnt, "kinds of model above chance")] if len(learnt) > 2 else []
@@ -2478,10 +2444,9 @@ def measure_table(settings, data, precision):
     for name, dataset in tests.items():
         hits, *_ = count_hits(model, dataset, n, settings, precision, lengths=lengths)
         names = {"in-context": "GPICL" if lengths else method.upper(), "SGD (softmax)": "SGD"}
-        found = {word: hits[learner][-1] for learner, word in names.items() if learner in hits}
         paper = paper_numbers(settings, training.name, name)
-        rows += [dict(method=word, tested_on=name, accuracy=right / n, paper=paper.get(word))
-                 for word, right in found.items()]
+        rows += [dict(method=word, tested_on=name, accuracy=hits[k][-1] / n, paper=paper.get(word))
+                 for k, word in names.items() if k in hits]
     return rows
 
 
@@ -2495,8 +2460,7 @@ def report_table(rows, figure):
         line.set_linestyle("")
     for color, method in enumerate(values_of(rows, "method")):
         paper = {kind: select(rows, method=method, tested_on=kind)[0]["paper"] for kind in kinds}
-        places = np.arange(len(kinds)) + 0.08 * color
-        panel.plot(places, np.array([*paper.values()], float), f"C{color}x")
+        panel.plot(np.arange(len(kinds)) + 0.08 * color, [*paper.values()], f"C{color}x")
         words = ", ".join(f"{kind} {value}" for kind, value in paper.items() if value)
         lines += [f"the paper, {method}: {words}"] if words else []
     return lines
@@ -2548,16 +2512,13 @@ def draw_episodes(dataset, n_episodes, ways, shots, settings, key):
 
 
 def measure_features(settings, data, precision):
-    """Return the accuracy of in-context and classical learners on episodes of images and of their
-    features; of the rows of FEATURES_FILE, if there is one.
-    """
-    (training, _, tests), inputs = data, {}
+    """Return the learners' accuracy on episodes of images and of features, or of FEATURES_FILE."""
+    training, _, tests = data
     every = list(dict.fromkeys(int(word) for word in settings.SHOTS.split(",")))
     check_context(make_model(settings), settings.WAYS * max(every))
     if settings.FEATURES_FILE:
-        dataset = as_dataset(Path(settings.FEATURES_FILE).stem, *npz_arrays(settings.FEATURES_FILE),
-                             settings.IMAGE_SIZE, training.x.device, 10**6)
-        inputs[dataset.name] = dataset
+        inputs = [as_dataset(Path(settings.FEATURES_FILE).stem, *npz_arrays(settings.FEATURES_FILE),
+                             settings.IMAGE_SIZE, training.x.device, 10**6)]
     else:
         known = training.classes // 2
         few = training.y < known                         # nothing sees the other classes
@@ -2570,19 +2531,19 @@ def measure_features(settings, data, precision):
         images, y = test.x[test.y >= known], test.y[test.y >= known] - known
         features = torch.cat([body(x).detach() for x in images.split(500)])
         features = (features - features.mean()) / features.std()
-        for word, x in (("pixels", images), ("features", features)):
-            inputs[word] = Dataset(word, x, y, test.classes - known)
-    for dataset in inputs.values():
+        inputs = [Dataset(word, x, y, test.classes - known)
+                  for word, x in (("pixels", images), ("features", features))]
+    for dataset in inputs:
         draw_episodes(dataset, 1, settings.WAYS, max(every), settings, ("are there enough rows?",))
     model, rows, n = trained_model(settings, training, precision), [], settings.EVAL_SEQUENCES
-    for (word, dataset), shots in itertools.product(inputs.items(), every):
+    for dataset, shots in itertools.product(inputs, every):
         hits = {}
         for start, size in starts_and_sizes(n, settings.WAYS * shots):
             x, y = draw_episodes(dataset, size, settings.WAYS, shots, settings,
                                  ("episodes", settings.EVAL_SEED, shots, start))
             for learner, labels in last_predictions(model, x, y, precision).items():
                 hits[learner] = hits.get(learner, 0) + (labels == y[:, -1].cpu()).sum().item()
-        rows += [dict(input=word, ways=settings.WAYS, shots=shots, learner=learner,
+        rows += [dict(input=dataset.name, ways=settings.WAYS, shots=shots, learner=learner,
                       accuracy=right / n) for learner, right in hits.items()]
     return rows
 
@@ -2622,9 +2583,8 @@ def agreement(a, b, y, shown):
 
 
 def measure_algorithm(settings, data, precision):
-    """Return how the model's predictions agree with classical learners', by number of examples
-    and over the training; and with those of a model with another seed, for comparison. Compared
-    are sequences whose query is of a class among two or more that were shown.
+    """Return how the model's predictions agree with classical learners' and another seed's, by
+    number of examples and of steps, where the query is of one of two or more classes shown.
     """
     (training, _, tests), n, rows = data, settings.EVAL_SEQUENCES, []
     longest = settings.NUM_EXAMPLES - 1
@@ -2716,19 +2676,15 @@ EXPERIMENTS = {
 
 # --------------------------------------------------------------------------------- the whole job
 def load_all(settings, device):
-    """Return (training, validation, tests, notices): Datasets, {row: (Dataset, NUM_TASKS)}, texts.
-
-    Where "auto" can't have MNIST, rendered digits take its place, and a notice says so.
-    """
+    """Return training, validation, tests, notices: Datasets, {row: (Dataset, NUM_TASKS)}, texts."""
     notices, name = [], "MNIST" if settings.TRAIN_DATASET == "auto" else settings.TRAIN_DATASET
     try:
         whole = load_dataset(name, "train", settings, device)
     except DataUnavailable as error:
         if settings.TRAIN_DATASET != "auto":
             raise
-        notices.append(f"\n*** NOTICE: {error}\n*** Rendered digits and letters take the place of "
-                       "MNIST and FashionMNIST.\n*** Their numbers can't be compared with the "
-                       "paper's.\n")
+        notices.append(f"\n*** NOTICE: {error}\n*** Rendered digits and letters stand in for MNIST "
+                       "and FashionMNIST.\n*** Their numbers can't be compared with the paper's.\n")
         name = "RenderedDigits"
         whole = load_dataset(name, "train", settings, device)
     n = len(whole.y)
