@@ -1279,10 +1279,11 @@ def plain(label):
 def read_csv(path, label_column, features=None, names=None):
     """Return x (n, features), labels (n,) and the features' names of a .csv file.
 
-    A first line with a word in another column than the labels', or above numbers, is a header, or
-    one of 0, 1, 2 ... (of a test, where `features` are so many: of the same `names`). The
-    labels are in the column `label_column`: "last", a name in a header (numbers are names in one of
-    0, 1, 2 ... only), or its number from 1. With as many columns as `features` they are None.
+    A first line is a header if it has a word above a feature, or above labels that are numbers, or
+    counts 0, 1, 2 ... as pandas does (of a test, where `features` are so many: if it has the same
+    `names`); without one, names are None. The labels are in the column `label_column`: "last", a
+    name in a header (numbers are names in one of 0, 1, 2 ... only), or its number from 1. With as
+    many columns as `features` there are none.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
