@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,14 @@ import gpicl_minimal_replication as gpicl  # noqa: E402
 TINY = dict(NUM_EXAMPLES=12, PROJECTION_SIZE=32, MODEL_SIZE=32, NUM_LAYERS=2, NUM_HEADS=2,
             MLP_SIZE=64, BATCH_SIZE=8, STEPS=6, WARMUP_STEPS=2, ROW_EVERY=3, ROW_SEQUENCES=16,
             EVAL_SEQUENCES=64, VALIDATION_IMAGES=50, DEVICE="cpu")
+
+
+def wait_until(done, process, seconds=120):
+    """Wait until `done` returns something true, while the process lives, but not for ever."""
+    end = time.time() + seconds
+    while not done():
+        assert process.poll() is None and time.time() < end
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -59,11 +68,18 @@ def fails(capsys):
     return check
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Make every test's random numbers its own, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def real_data(tmp_path_factory):
     """Return a writable folder with the real MNIST and FashionMNIST, or skip."""
     for source in (ROOT / "data", ROOT.parent / "shared" / "data"):
-        if all((source / name / "raw").is_dir() for name in ("MNIST", "FashionMNIST")):
+        if all([*(source / name / "raw").glob("t10k-labels*")] for name in (
+                "MNIST", "FashionMNIST")):
             folder = tmp_path_factory.mktemp("real")
             for name in ("MNIST", "FashionMNIST"):
                 (folder / name / "raw").mkdir(parents=True)

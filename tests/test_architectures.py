@@ -135,6 +135,30 @@ def test_delta_rule_in_chunks_equals_the_recurrence(chunk):
     assert gpicl.state_size(settings, 37) == settings.NUM_LAYERS * state[0].numel()
 
 
+def test_gated_delta_net_equals_a_plain_loop(tiny):
+    layer, h = gpicl.GatedDeltaNet(tiny(), True, chunk=4), torch.randn(2, 7, 32)
+    assert layer.gates.bias[2:].tolist() == [5, 5]       # at first it remembers
+    torch.nn.init.normal_(layer.out.weight, std=0.2)
+    torch.nn.init.normal_(layer.gates.bias)
+    with torch.no_grad():
+        found = layer(h, None)
+        for b in range(2):
+            states = [torch.zeros(16, 16) for _ in range(2)]
+            for t in range(7):
+                (q, k, v), heads = layer.qkv(h[b, t]).view(3, 2, 16), []
+                write, keep = layer.gates(h[b, t]).view(2, 2).sigmoid()
+                for n in range(2):
+                    key, kept = k[n] / k[n].norm(), keep[n] * states[n]
+                    states[n] = kept + write[n] * torch.outer(v[n] - kept @ key, key)
+                    heads.append(gpicl.norm(states[n] @ (q[n] / q[n].norm())))
+                assert torch.allclose(found[b, t], layer.out(torch.cat(heads)), atol=1e-4)
+
+
+def test_vsml_carries_a_cell_and_an_output_for_every_pair(tiny):
+    assert gpicl.state_size(tiny(ARCHITECTURE="vsml"), 7) == 2 * 8 * 32 * 10
+    assert gpicl.state_size(tiny(ARCHITECTURE="vsml_free"), 7) == 2 * 8 * 32 * 32
+
+
 def test_vsml_is_blind_to_the_order_of_classes_and_inputs(tiny):
     x, y = torch.randn(2, 12, 32), torch.randint(10, (2, 12))
     rho, order = torch.randperm(10), torch.randperm(32)
@@ -210,6 +234,24 @@ def test_maml_equals_descent_on_each_sequence_alone(tiny):
             for parameter, rate in zip(net.parameters(), rates.tolist()):
                 parameter.data -= rate * parameter.grad
         assert torch.allclose(found[b, -1], net(x[b, -1]), atol=1e-4)
+
+
+def test_maml_differentiates_through_its_descent(tiny):
+    model = gpicl.MAML(tiny(ARCHITECTURE="maml", MODEL_SIZE=8, PROJECTION_SIZE=4)).double()
+    x, y = torch.randn(3, 12, 4).double(), torch.randint(10, (3, 12))
+
+    def loss():
+        return torch.nn.functional.cross_entropy(
+            model(x, y)[:, -3:].flatten(0, 1), y[:, -3:].flatten())
+
+    loss().backward()
+    weight, ends = model.start[2], []
+    way = torch.randn_like(weight)
+    for move in (1e-6, -2e-6):
+        weight.data += move * way
+        ends.append(loss().item())
+    slope = (ends[0] - ends[1]) / 2e-6
+    assert (weight.grad * way).sum().item() == pytest.approx(slope, rel=1e-4)
 
 
 def test_maml_learns_its_start_and_its_rates(tiny, blobs):

@@ -114,17 +114,6 @@ def test_other_names_for_the_classes_change_only_names(model):
     assert (names[numbers] == words).all()
 
 
-def test_order_of_the_features_matters_no_more_than_chance_does(model):
-    rates = []
-    for seed in range(6):
-        X, y = table(300, seed=seed)
-        order = np.random.default_rng(seed).permutation(X.shape[1])
-        rates.append([InContextClassifier(model).fit(Z[:60], y[:60]).score(Z[60:], y[60:])
-                      for Z in (X, X[:, order])])
-    gaps = np.diff(rates)[:, 0]
-    assert abs(gaps.mean()) < 0.02 + 3 * gaps.std() / len(gaps)**0.5 and abs(gaps).max() < 0.15
-
-
 def test_the_scales_of_a_table_do_not_matter_and_images_keep_theirs(model):
     X, y = table()
     one, other = (InContextClassifier(model, scaling="columns").fit(Z[:40], y[:40])
@@ -157,19 +146,12 @@ def test_more_examples_help_beyond_the_trained_length(model):
     assert np.mean(gains) > 0.02
 
 
-def test_contexts_beyond_the_longest_are_sampled(model, monkeypatch):
-    monkeypatch.setattr(gpicl, "MAX_CONTEXT", 20)
-    X, y = table()
-    p = InContextClassifier(model, n_ensemble=3).fit(X[:70], y[:70]).predict_proba(X[70:])
-    assert np.allclose(p.sum(1), 1, atol=1e-5)
-
-
 labels = {"numbers": lambda y: y, "words": lambda y: np.array([f"class {c}" for c in y]),
           "truth": lambda y: y % 2 == 0, "floats": lambda y: y / 2, "objects": lambda y: np.array(
               [f"{c}" for c in y], object), "list": lambda y: [int(c) for c in y]}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(n=strategies.integers(1, 40), shape=strategies.lists(strategies.integers(0, 5), max_size=3),
        kind=strategies.sampled_from(sorted(labels)), classes=strategies.integers(1, 12),
        dtype=strategies.sampled_from(["float64", "float32", "float16", "int8", "uint8", "bool",
@@ -204,6 +186,7 @@ def test_every_pass_has_a_sample_of_all_examples_and_a_projection_of_its_own(tin
     gpicl.InContextClassifier(model, 3).fit(X, np.arange(90) < 45).predict_proba(X[:1])
     assert all(y.shape == (1, 21) and len(y[0, :20].unique()) == 2 for _, y, _ in seen)
     assert len({x[0, -1].sum().item() for x, _, _ in seen}) == 3
+    assert len({frozenset(y[0, :20].tolist()) for _, y, _ in seen}) > 1  # and other labels
 
 
 def test_auto_scaling_is_the_one_whose_neighbours_agree(tiny):
@@ -472,7 +455,8 @@ def test_classify_from_csv_files(model_file, tmp_path, capsys, monkeypatch):
     assert open("again.csv").read() == open("predictions.csv").read()
 
 
-def test_classify_says_what_is_wrong(model_file, tmp_path, fails):
+def test_classify_says_what_is_wrong(model_file, tmp_path, fails, monkeypatch):
+    monkeypatch.chdir(tmp_path)                          # where predictions.csv goes
     good = write(tmp_path / "good.csv", [[1, 2, "a"], [3, 4, "b"], [5, 6, "a"]])
     command = ["classify", f"--CHECKPOINT={model_file}"]
     assert "needs a TRAIN_FILE" in fails([*command])

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,7 +50,6 @@ SCRIPT = ROOT / "gpicl_minimal_replication.py"
     ("--ADAM_EPSILON=0", "expected a number above 0"),
     ("--TRAIN_DATASET=RenderedDigit", "did you mean RenderedDigits?"),
     ("--TRAIN_DATASET=mnist", "did you mean MNIST?"),
-    ("--VALIDATION_IMAGES=50", "50 for validation, see VALIDATION_IMAGES"),
 ])
 def test_wrong_settings(flag, expected, fails):
     arguments = [flag, "--NUM_HEADS=8"] if "MODEL_SIZE" in flag else [flag]
@@ -518,8 +517,13 @@ def test_a_folder_that_goes_away(place, words, tiny_flags, tmp_path, fails, monk
     assert words in fails(tiny_flags())
 
 
+def test_too_few_validation_images(fails, blobs_file):
+    assert "50 for validation, see VALIDATION_IMAGES" in fails(
+        [f"--TRAIN_DATASET={blobs_file}", "--VALIDATION_IMAGES=50"])
+
+
 def test_too_little_memory_gets_a_clear_sentence(tiny_flags, fails):
-    assert "too little memory" in fails(tiny_flags(MODEL_SIZE=2**20))
+    assert "too little memory" in fails(tiny_flags(MODEL_SIZE=2**22))    # 200 TB
     for size in (2**50, 2**61):                          # the latter more than can be counted
         assert "too little memory" in fails(tiny_flags(BATCH_SIZE=size))
     assert "too little memory" in fails(tiny_flags(ARCHITECTURE="vsml", CELL_SIZE=2**62))
@@ -527,13 +531,15 @@ def test_too_little_memory_gets_a_clear_sentence(tiny_flags, fails):
 
 class Evil:
     def __reduce__(self):
-        return os.system, ("touch /tmp/evil",)
+        return os.mkdir, ("evil",)
 
 
-def test_a_checkpoint_runs_no_code(tmp_path):
-    torch.save(dict(format=gpicl.FORMAT, evil=Evil()), tmp_path / "evil.pt")
+def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(format=gpicl.FORMAT, settings=Evil()), "evil.pt")
     with pytest.raises(gpicl.UserError, match="not a checkpoint"):
-        gpicl.load_checkpoint(tmp_path / "evil.pt")
+        gpicl.load_checkpoint(Path("evil.pt"))
+    assert not Path("evil").exists()
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tiny, tmp_path):
@@ -562,6 +568,11 @@ def test_a_model_that_is_tested_again_keeps_where_it_was_trained(tiny_flags, tmp
     (folder / "results.json").unlink()
     assert gpicl.main(flags) == 0
     assert torch.load(folder / "model.pt")["device"] == "cuda"
+    capsys.readouterr()                                  # its fixed tasks were other ones, then
+    assert gpicl.main(["evaluate", f"--CHECKPOINT={folder}/model.pt", "--DEVICE=cpu",
+                       f"--OUT_DIR={tmp_path}/runs", f"--EVAL_DATASETS={tmp_path}/blobs.npz"]) == 0
+    printed = capsys.readouterr().out
+    assert "blobs@11: " in printed and "seen tasks" not in printed
 
 
 def test_the_table_tells_chance_and_the_paper_only_where_comparable(
@@ -588,14 +599,12 @@ def test_a_file_called_as_a_data_set_is_not_compared_with_the_paper(
 
 
 # ------------------------------------------------------------------------------- the file itself
-def test_import_is_quick_and_does_nothing(tmp_path):
-    began = time.time()
+def test_import_does_nothing(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", "import sys, gpicl_minimal_replication as g; print(sorted(m for m "
          "in ('matplotlib', 'torchvision') if m in sys.modules))"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.stdout == "[]\n" and done.stderr == "" and not list(tmp_path.iterdir())
-    assert time.time() - began < 30                       # most of it is torch's own import
 
 
 def test_pep_723_block_equals_requirements():

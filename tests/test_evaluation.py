@@ -77,8 +77,9 @@ def test_all_learners_see_the_same_sequences_and_curves_add_up(blobs, tiny):
     x, y = (torch.cat(part) for part in zip(*gpicl.evaluation_batches(blobs, 100, settings)))
     expected = (gpicl.logits_of(model, x, y, "fp32").argmax(-1) == y).float().mean(0)
     assert np.allclose(curves["Transformer"]["accuracy"], expected)
-    right = ours("nearest centroid", x, y).argmax(-1) == y[:, -1]
-    assert curves["nearest centroid"]["accuracy"][-1] == pytest.approx(right.float().mean().item())
+    for k, accuracy in zip(*map(curves["nearest centroid"].get, ("examples", "accuracy"))):
+        right = ours("nearest centroid", x[:, :k + 1], y[:, :k + 1]).argmax(-1) == y[:, k]
+        assert accuracy == pytest.approx(right.float().mean().item())
     for curve in curves.values():
         assert len(curve["examples"]) == len(curve["accuracy"]) == len(curve["low"])
         assert all(a <= b <= c for a, b, c in zip(curve["low"], curve["accuracy"], curve["high"]))
@@ -146,6 +147,16 @@ def test_averaged_are_the_probabilities_for_the_same_sequences(blobs, tiny):
     assert gpicl.count_averaged_hits(model, blobs, 64, tiny(AVERAGED_PASSES=3), "fp32") == 64
     (_, y), = gpicl.evaluation_batches(blobs, 64, tiny())
     assert all(torch.equal(some, (y[:, :-1] == y[:, -1:]).sum(1)) for some in model.seen)
+
+
+def test_every_averaged_pass_has_labels_and_an_order_of_its_own(blobs, tiny):
+    model, seen = gpicl.InContextModel(tiny()), []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    gpicl.count_averaged_hits(model, blobs, 64, tiny(AVERAGED_PASSES=2), "fp32")
+    one, other = seen
+    assert not torch.equal(one[:, -1], other[:, -1])     # the query's label
+    alike, too = (y[:, :, None] == y[:, None] for y in seen)             # whatever the names
+    assert not torch.equal(alike, too)
 
 
 def test_logits_that_are_not_finite_are_told_in_every_test(blobs, tiny):

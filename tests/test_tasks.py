@@ -130,6 +130,14 @@ def test_rho_is_a_permutation_of_the_labels(blobs, tiny):
             assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}) == 10
 
 
+@pytest.mark.parametrize("num_tasks, different", [(0, 20), (4, 4), (2**20, 20)])
+def test_every_sequence_has_a_permutation_of_its_own(num_tasks, different, blobs, tiny):
+    _, y = gpicl.draw_sequences(blobs, 20, tiny(NUM_EXAMPLES=100), ("k",), num_tasks)
+    kinds = blobs.y[gpicl.draw_images(blobs, 20, 100, gpicl.stream("cpu", "k"))]
+    assert len({tuple(a[b == c][0].item() for c in range(10))
+                for a, b in zip(y, kinds)}) == different
+
+
 def test_task_i_is_always_the_same_task(blobs, tiny):
     first, again = (gpicl.draw_task(3, 17, 40, 8, "cpu") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
@@ -165,9 +173,10 @@ def test_no_image_twice_within_a_sequence(blobs):
     assert all(len(set(row.tolist())) == 100 for row in chosen)
 
 
-def test_biased_fraction_shares_one_permutation(blobs, tiny):
+@pytest.mark.parametrize("num_tasks", [0, 64])
+def test_biased_fraction_shares_one_permutation(num_tasks, blobs, tiny):
     settings = tiny(NUM_EXAMPLES=50)
-    _, y = gpicl.draw_sequences(blobs, 10, settings, ("k",), biased=0.9)
+    _, y = gpicl.draw_sequences(blobs, 10, settings, ("k",), num_tasks, biased=0.9)
     chosen = gpicl.draw_images(blobs, 10, 50, gpicl.stream("cpu", "k"))
     same = (y == blobs.y[chosen]).all(1)
     assert same[:9].all() and not same[9]
@@ -184,8 +193,14 @@ def test_merged_tasks_have_fewer_classes_the_others_keep_theirs(blobs, tiny):
     for before, after in zip(plain[50:], merged[50:]):
         assert len({*zip(before.tolist(), after.tolist())}) == len(before.unique())
     assert len({tuple(row.unique().tolist()) for row in merged[50:]}) > 100      # any labels
-    unseen = next(gpicl.evaluation_batches(blobs, 8, gpicl.altered(settings, MERGED_FRACTION=1.0)))
-    assert all(len(row.unique()) == 10 for row in unseen[1])             # tests keep ten
+
+
+@pytest.mark.parametrize("num_tasks", [0, 4])
+def test_tests_are_neither_biased_nor_merged(num_tasks, blobs, tiny):
+    (x, y), (same_x, same_y) = (
+        next(gpicl.evaluation_batches(blobs, 8, tiny(**more), num_tasks))
+        for more in (dict(), dict(BIASED_FRACTION=1.0, MERGED_FRACTION=1.0)))
+    assert torch.equal(x, same_x) and torch.equal(y, same_y)
 
 
 def test_fixed_tasks_are_those_of_draw_task_and_of_the_seed(blobs, tiny):

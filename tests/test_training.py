@@ -4,24 +4,20 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, gpicl
+from conftest import ROOT, gpicl, wait_until
 
 SCRIPT = ROOT / "gpicl_minimal_replication.py"
 
 
 def train(model, dataset, settings):
     """Train without files or reports; return the losses."""
-    optimizers, losses = gpicl.make_optimizers(model, settings, "fp32"), []
-    for step in range(settings.STEPS):
-        x, y = gpicl.draw_sequences(dataset, settings.BATCH_SIZE, settings, ("train", 0, step),
-                                    settings.NUM_TASKS)
-        losses.append(gpicl.update(model, optimizers, x, y, step, settings, "fp32"))
-    return losses
+    optimizers = gpicl.make_optimizers(model, settings, "fp32")
+    return [loss for _, loss, *_ in gpicl.learning_steps(
+        model, optimizers, dataset, settings, "fp32")]
 
 
 def test_every_parameter_is_in_exactly_one_optimizer(tiny):
@@ -30,6 +26,30 @@ def test_every_parameter_is_in_exactly_one_optimizer(tiny):
         held = [id(p) for o in gpicl.make_optimizers(model, tiny(OPTIMIZER=optimizer), "fp32")
                 for group in o.param_groups for p in group["params"]]
         assert sorted(held) == sorted(id(p) for p in model.parameters())
+
+
+def test_muon_has_the_layers_matrices_and_all_follow_the_rate(blobs, tiny):
+    settings = tiny(STEPS=100, WARMUP_STEPS=10)
+    model = gpicl.InContextModel(settings)
+    optimizers = gpicl.make_optimizers(model, settings, "fp32")
+    names = {id(p): name.split(".", 2)[-1] for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in optimizers[1].param_groups[0]["params"]} == {
+        "attention.qkv.weight", "attention.out.weight", "up.weight", "down.weight"}
+    assert len(gpicl.make_optimizers(model, tiny(OPTIMIZER="adamw"), "fp32")) == 1
+    gpicl.update(model, optimizers, *gpicl.training_batch(blobs, 4, settings, "fp32"), 4,
+                 settings, "fp32")
+    assert {group["lr"] for o in optimizers for group in o.param_groups} == {
+        gpicl.learning_rate(4, settings)}
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_every_step_has_a_batch_of_its_own(blobs, tiny, monkeypatch):
+    batches, true_batch = [], gpicl.training_batch
+    monkeypatch.setattr(gpicl, "training_batch", lambda dataset, step, *rest: (
+        batches.append((step, true_batch(dataset, step, *rest))), batches[-1][1])[1])
+    assert len([*gpicl.training_steps(tiny(), blobs, "fp32")]) == 6
+    assert [step for step, _ in batches] == [*range(6)]
+    assert len({x.sum().item() for _, (x, _) in batches}) == 6
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -89,19 +109,30 @@ def run(flags, **more):
                           timeout=120, **more)
 
 
+def at_step(step, action):
+    """Return a program that does what the script does, and `action` after the checkpoint then."""
+    return f"""import os, signal, sys, time, gpicl_minimal_replication as gpicl
+true_save = gpicl.save_checkpoint
+
+def save(*given, **more):
+    true_save(*given, **more)
+    if more["progress"]["step"] == {step}:
+        {action}
+
+gpicl.save_checkpoint = save
+sys.exit(gpicl.main(sys.argv[1:]))"""
+
+
 def test_resume_after_kill_9_is_bit_identical(tiny_flags, tmp_path):
     steps = dict(STEPS=60, CHECKPOINT_SECONDS=0, ROW_EVERY=20)
     whole = run(tiny_flags(OUT_DIR=tmp_path / "whole", **steps))
     assert whole.returncode == 0, whole.stderr
     flags = tiny_flags(OUT_DIR=tmp_path / "killed", **steps)
-    process = subprocess.Popen([sys.executable, SCRIPT, *flags], stdout=subprocess.DEVNULL)
-    while not list((tmp_path / "killed").glob("*/checkpoint.pt")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    program = at_step(20, "os.kill(os.getpid(), signal.SIGKILL)")
+    killed = subprocess.run([sys.executable, "-c", program, *flags], cwd=ROOT, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
     reached = gpicl.load_checkpoint(next((tmp_path / "killed").glob("*/checkpoint.pt")))
-    assert 0 < reached["progress"]["step"] < 60
+    assert reached["progress"]["step"] == 20
     for name in ("checkpoint.1.tmp.pt", "model.1.tmp.pt", "results.1.tmp.json"):
         half_written = next((tmp_path / "killed").iterdir()) / name
         half_written.write_bytes(b"a kill may come at any time")
@@ -121,9 +152,7 @@ def test_resume_after_kill_9_is_bit_identical(tiny_flags, tmp_path):
 def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(number, tiny_flags, tmp_path):
     flags = tiny_flags(STEPS=3000, CHECKPOINT_SECONDS=0, ROW_EVERY=3000)
     process = subprocess.Popen([sys.executable, SCRIPT, *flags], stdout=subprocess.PIPE, text=True)
-    while not list((tmp_path / "runs").glob("*/checkpoint.pt")):
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: [*(tmp_path / "runs").glob("*/checkpoint.pt")], process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -131,6 +160,15 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(number, tiny_
     path = next((tmp_path / "runs").glob("*/checkpoint.pt"))
     assert gpicl.load_checkpoint(path)["progress"]["step"] == step
     assert (path.parent / SCRIPT.name).read_bytes() == SCRIPT.read_bytes()     # what trains
+
+
+def test_a_second_signal_stops_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), gpicl.stop_requests() as requests:
+        signal.raise_signal(signal.SIGINT)
+        assert requests
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_signal_in_the_last_step_stops_before_the_test(tiny_flags, tmp_path, capsys, monkeypatch):
@@ -195,12 +233,12 @@ def test_two_processes_do_what_one_does_and_go_on_after_a_stop(tiny_flags, tmp_p
     """torchrun with gloo: the same weights to float tolerance; a stopped run ends the same."""
     steps = dict(STEPS=30, ROW_EVERY=30, PRECISION="fp32", LEARNING_RATE=1e-3)
 
-    def torchrun(out_dir, **more):
+    def torchrun(out_dir, script=SCRIPT, **more):
         return subprocess.Popen([
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            SCRIPT, *tiny_flags(OUT_DIR=tmp_path / out_dir, **steps, **more)],
+            script, *tiny_flags(OUT_DIR=tmp_path / out_dir, **steps, **more)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"})
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 
     def weights(out_dir):
         return gpicl.load_checkpoint(next((tmp_path / out_dir).glob("*/model.pt")))["model"]
@@ -213,13 +251,12 @@ def test_two_processes_do_what_one_does_and_go_on_after_a_stop(tiny_flags, tmp_p
     for name, weight in weights("one").items():
         difference = (weight - weights("two")[name]).abs()
         assert difference.mean() < 1e-4, name            # rounding decides Adam's tiniest steps
-    process = torchrun("stopped", CHECKPOINT_SECONDS=0)
-    while not list((tmp_path / "stopped").glob("*/checkpoint.pt")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.terminate()
+    (tmp_path / "stopped.py").write_text(at_step(
+        20, "os.kill(os.getppid(), signal.SIGTERM), time.sleep(2)"))
+    process = torchrun("stopped", tmp_path / "stopped.py", CHECKPOINT_SECONDS=0)
     process.communicate(timeout=120)
-    assert not list((tmp_path / "stopped").glob("*/model.pt"))
+    reached = gpicl.load_checkpoint(next((tmp_path / "stopped").glob("*/checkpoint.pt")))
+    assert 20 <= reached["progress"]["step"] < 30
     process = torchrun("stopped", CHECKPOINT_SECONDS=0)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0 and "Continuing after step" in output, errors
