@@ -1287,7 +1287,8 @@ def read_csv(path, label_column, features=None, names=None):
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        separator = max(",;\t", key=text.partition("\n")[0].count)
+        first = re.sub('"[^"]*"', "", text).strip("\n").partition("\n")[0]
+        separator = max(";\t,", key=first.count)         # of as many, not the comma: 1,5;2,5
         reader = csv.reader(io.StringIO(text), delimiter=separator)
         lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -2339,7 +2340,8 @@ def report_plateau(rows, figure):
         wanted = {value: {**PLATEAU_BASE, **cell, **fixed} for value, cell in cells.items()}
         # Values that a flag has made alike are left out, but for the flag's own.
         told = [value for value, settings in wanted.items() if cells[value].items() <=
-                settings.items() or [*wanted.values()].count(settings) == 1]
+                settings.items() or [*wanted.values()].count(settings) == 1 and
+                cells[value].get("OPTIMIZER") in (None, settings["OPTIMIZER"])]
         runs = [dict(row, value=value) for value in told for row in select(rows, **wanted[value])]
         if not runs:                                     # a flag holds this factor fixed
             panel.set_axis_off()
@@ -2460,7 +2462,8 @@ def report_table(rows, figure):
     for line in panel.get_lines():
         line.set_linestyle("")
     for color, method in enumerate(values_of(rows, "method")):
-        paper = {kind: select(rows, method=method, tested_on=kind)[0]["paper"] for kind in kinds}
+        paper = dict.fromkeys(kinds) | {                 # a data set may be had in some runs only
+            row["tested_on"]: row["paper"] for row in select(rows, method=method)}
         panel.plot(np.arange(len(kinds)) + 0.08 * color, [*paper.values()], f"C{color}x")
         words = ", ".join(f"{kind} {value}" for kind, value in paper.items() if value)
         lines += [f"the paper, {method}: {words}"] if words else []
@@ -2695,7 +2698,10 @@ def load_all(settings, device):
                         f"VALIDATION_IMAGES; a sequence needs {settings.NUM_EXAMPLES} of either.")
     training = whole._replace(x=whole.x[:kept], y=whole.y[:kept])
     validation = whole._replace(x=whole.x[kept:], y=whole.y[kept:])
-    return training, validation, load_tests(name, settings, device, notices), notices
+    tests = load_tests(name, settings, device, notices)
+    if printable(name) in tests:                         # a file called as another data set
+        training = training._replace(name=printable(name))
+    return training, validation, tests, notices
 
 
 def load_tests(name, settings, device, notices):

@@ -410,6 +410,17 @@ def test_classify_from_csv_files(model_file, tmp_path, capsys, monkeypatch):
         with pytest.raises(UserError, match=f"'{re.escape(hole)}' in line 1, column 2, is not a"):
             gpicl.read_examples(hidden, "last")
 
+    # quoted words hold no separators, nor does an empty first line; as many commas are decimal
+    for name, text in (("q", '"a, cm";"b, cm";"c, cm";kind\n1;2;3;x\n4;5;6;y\n'),
+                       ("n", '"a\nb, c";b;c;kind\n1;2;3;x\n4;5;6;y\n'),
+                       ("e", '\na;b;c;kind\n1;2;3;x\n4;5;6;y\n')):
+        (tmp_path / name).write_text(text)
+        x, labels, _ = gpicl.read_examples(tmp_path / name, "last")
+        assert x.tolist() == [[1, 2, 3], [4, 5, 6]] and [*labels] == ["x", "y"]
+    (tmp_path / "d").write_text("5,1;a\n6,2;b\n")
+    with pytest.raises(UserError, match="'6,2' in line 2, column 1, is not a number"):
+        gpicl.read_examples(tmp_path / "d", "last")
+
     # nor is the first row of a test, nor 0, 1, 2 ... that a number follows
     two = write(tmp_path / "two.csv", [[0, 1, 1], [1, 0, 0], [1, 1, 1]])
     assert gpicl.read_examples(two, "last")[0].tolist() == [[0, 1], [1, 0], [1, 1]]

@@ -329,7 +329,9 @@ def test_models_of_other_settings_are_no_more_seeds():
     (dict(LEARNING_RATE=2e-3), ["AdamW, 1e-08", "Muon"], []),
     (dict(OUTPUT_STD=0.5), ["comparing"], []),
     (dict(GUIDED_START=True), ["comparing", "zero outputs"], ["random"]),
-    (dict(BATCH_SIZE=32), ["32"], ["128"])])
+    (dict(BATCH_SIZE=32), ["32"], ["128"]),
+    (dict(OPTIMIZER="adamw"), ["AdamW, 1e-08"], ["Muon"]),
+    (dict(OPTIMIZER="muon"), ["Muon"], ["AdamW, 1e-08", "AdamW, 0.001"])])
 def test_plateau_tells_of_every_run_that_flags_leave(flags, shown, hidden):
     cells = [{**gpicl.PLATEAU_BASE, **cell, **flags} for cells in gpicl.PLATEAU_FACTORS.values()
              for cell in cells.values()]
@@ -433,3 +435,21 @@ def test_plateau_is_told_for_each_kind_of_task_and_ends_the_run(
     rows = gpicl.measure_plateau(tiny(NUM_TASKS=8, STEPS=200), (blobs, blobs, {}), "fp32")
     assert [row["tested_on"] for row in rows] == ["training tasks", "unseen tasks"]
     assert [(row["length"], row["left"], row["steps"]) for row in rows] == expected
+
+
+def test_a_table_of_runs_that_had_different_data_sets():
+    rows = [dict(method=method, tested_on=kind, accuracy=0.5, paper=70.0, SEED=0)
+            for method, kind in (("GPICL", "MNIST"), ("GPICL", "KMNIST"), ("LSTM", "MNIST"))]
+    lines = gpicl.report_table(rows, Figure())
+    assert "the paper, LSTM: MNIST 70.0" in lines
+    assert [line.split()[-1] for line in lines if line.startswith("LSTM")] == ["-"]
+
+
+def test_a_file_called_as_another_data_set_is_what_is_measured(blobs, tiny, tmp_path, monkeypatch):
+    mnist = blobs.x.numpy(), blobs.y.numpy()
+    monkeypatch.setattr(gpicl, "torchvision_arrays", lambda *arguments: mnist)
+    path = str(tmp_path / "FashionMNIST.npz")
+    np.savez(path, x=mnist[0], y=mnist[1])
+    settings = tiny(TRAIN_DATASET=path, EVAL_DATASETS="auto")
+    training, _, tests, _ = gpicl.load_all(settings, torch.device("cpu"))
+    assert training.name == path and [*tests] == [path, "FashionMNIST"]
