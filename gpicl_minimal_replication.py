@@ -1276,6 +1276,18 @@ def plain(label):
     return str(float(text)) if re.fullmatch(r"[+-]?(0|[1-9]\d{0,14})(\.\d*)?", text) else text
 
 
+def csv_lines(path):
+    """Return (line number, cells) of a .csv file's lines, whether by comma, semicolon or tab."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        first = re.sub('"[^"]*"', "", text).strip("\n").partition("\n")[0]
+        separator = max(";\t,", key=first.count)         # of as many, not the comma: 1,5;2,5
+        reader = csv.reader(io.StringIO(text), delimiter=separator)
+        return [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"can't read {path}: {error}.") from error
+
+
 def read_csv(path, label_column, features=None, names=None):
     """Return x (n, features), labels (n,) and the features' names of a .csv file.
 
@@ -1285,14 +1297,7 @@ def read_csv(path, label_column, features=None, names=None):
     name in a header (numbers are names in one of 0, 1, 2 ... only), or its number from 1. With as
     many columns as `features` there are none.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        first = re.sub('"[^"]*"', "", text).strip("\n").partition("\n")[0]
-        separator = max(";\t,", key=first.count)         # of as many, not the comma: 1,5;2,5
-        reader = csv.reader(io.StringIO(text), delimiter=separator)
-        lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"can't read {path}: {error}.") from error
+    lines = csv_lines(path)
     first = lines[0][1] if lines else []
     width, place = len(first), len(first) - 1
     if width < 2 if features is None else width - features not in (0, 1):
@@ -1473,7 +1478,7 @@ def setting_comments():
 def default_settings(**overrides):
     """Return the settings at the top of this file, with some of them replaced."""
     settings = {name: globals()[name] for name in setting_comments()}
-    for name in {*overrides} - {*settings}:
+    for name in [name for name in overrides if name not in settings]:
         raise UserError(f"there is no setting {name!r}{did_you_mean(name, settings)}")
     return SimpleNamespace(**{**settings, **overrides})
 
@@ -1948,7 +1953,8 @@ class VSML(nn.Module):
             if settings.GUIDED_START:                    # as with the symmetries, of fewer numbers
                 for layer in (self.into, self.told, self.head):
                     nn.init.zeros_(layer.bias)
-                    nn.init.eye_(layer.weight)
+                nn.init.eye_(self.told.weight)
+                nn.init.eye_(self.head.weight)
                 few = torch.randn(size, settings.PROJECTION_SIZE)
                 self.into.weight.data = torch.kron(F.normalize(few), torch.eye(images))
         self.forward_message = nn.Linear(images, 4 * n)
@@ -2175,7 +2181,8 @@ def sweep(name, settings, flags):
         f"Data        {training.name}; tested on {', '.join(tests)}\nRun folder  {folder}")
     jobs = [(name, {**vars(settings), **run}, run, max(1, threads // workers)) for run in todo]
     with run_all(jobs, workers) as made, open(folder / "runs.jsonl", "a", buffering=1) as file:
-        for record in tqdm(made, total=len(jobs), unit="run", leave=False, disable=None):
+        for record in tqdm(made, total=len(jobs), unit="run", leave=False,
+                           disable=None if jobs else True):
             done[json.dumps(record["cell"])] = record
             file.write("\n" + json.dumps(record))        # first: a line cut short stays alone
     records = [done[json.dumps(run)] for run in runs]
@@ -2787,7 +2794,7 @@ def run(preset, settings):
         source = os.path.realpath(source) if source.endswith(".npz") else source
         save_checkpoint(final, settings, model, progress=progress, trained_on=training.name,
                         source=source, device=device.type)
-    for done in [*folder.glob("checkpoint*.pt"), *folder.glob("*.tmp.*")]:   # half written ones
+    for done in [folder / "checkpoint.pt", *folder.glob("*.tmp.*")]:     # what a kill half wrote
         done.unlink(missing_ok=True)
     test_and_report(model, tests, settings, precision, folder, log, began, dict(
         trained_on=training.name, preset=preset, processes=world, steps=progress["step"],

@@ -201,6 +201,8 @@ def test_tests_are_neither_biased_nor_merged(num_tasks, blobs, tiny):
         next(gpicl.evaluation_batches(blobs, 8, tiny(**more), num_tasks))
         for more in (dict(), dict(BIASED_FRACTION=1.0, MERGED_FRACTION=1.0)))
     assert torch.equal(x, same_x) and torch.equal(y, same_y)
+    every = next(gpicl.evaluation_batches(blobs, 8, tiny(NUM_EXAMPLES=100), num_tasks))[1]
+    assert all(len(row.unique()) == 10 for row in every)                 # tests keep ten
 
 
 def test_fixed_tasks_are_those_of_draw_task_and_of_the_seed(blobs, tiny):

@@ -255,6 +255,7 @@ def test_two_processes_do_what_one_does_and_go_on_after_a_stop(tiny_flags, tmp_p
         20, "os.kill(os.getppid(), signal.SIGTERM), time.sleep(2)"))
     process = torchrun("stopped", tmp_path / "stopped.py", CHECKPOINT_SECONDS=0)
     process.communicate(timeout=120)
+    assert not list((tmp_path / "stopped").glob("*/model.pt"))
     reached = gpicl.load_checkpoint(next((tmp_path / "stopped").glob("*/checkpoint.pt")))
     assert 20 <= reached["progress"]["step"] < 30
     process = torchrun("stopped", CHECKPOINT_SECONDS=0)
