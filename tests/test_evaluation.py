@@ -21,15 +21,16 @@ def test_interval_covers_the_truth_95_times_in_100():
 
 @pytest.fixture(scope="module")
 def problems(blobs):
-    """Return x (40, 31, 8), y (40, 31) of hard tasks: the last example is the query."""
+    """Return x (40, 31, 8) of unit length, y (40, 31) of hard tasks: the query is the last."""
     settings = gpicl.default_settings(NUM_EXAMPLES=31, PROJECTION_SIZE=8)
-    return gpicl.draw_sequences(blobs, 40, settings, ("classical",))
+    x, y = gpicl.draw_sequences(blobs, 40, settings, ("classical",))
+    return torch.nn.functional.normalize(x, dim=-1), y
 
 
 def ours(name, x, y):
     """Return the scores (B, C) of our classical learner, absent classes masked as in count_hits."""
     targets = torch.nn.functional.one_hot(y[:, :-1], 10).float()
-    scores = gpicl.CLASSICAL[name](x @ x.mT, targets)[:, 0]
+    scores = gpicl.CLASSICAL[name](gpicl.cosines_of(x @ x.mT), targets)[:, 0]
     return scores.masked_fill(targets.sum(1) == 0, -np.inf)
 
 
@@ -45,13 +46,13 @@ def test_neighbours_and_centroids_match_scikit_learn(name, reference, problems):
 def test_ridge_and_kernel_ridge_match_scikit_learn(problems):
     x, y = problems
     for a, b, ridge, kernel in zip(x.double().numpy(), y, ours("ridge regression", x, y),
-                                   ours("RBF kernel ridge", x, y)):
+                                   ours("kernel ridge", x, y)):
         seen, query, labels = a[:-1], a[-1:], torch.eye(10)[b[:-1]].numpy()
         present = labels.sum(0) > 0
-        model = Ridge(0.3 * (seen**2).sum(1).mean(), fit_intercept=False).fit(seen, labels)
+        model = Ridge(0.3, fit_intercept=False).fit(seen, labels)
         assert np.allclose(ridge[present], model.predict(query)[0, present], atol=1e-3)
-        width = 0.25 * ((seen[:, None] - seen[None])**2).sum(-1).mean()
-        model = KernelRidge(alpha=0.03, kernel="rbf", gamma=0.5 / width).fit(seen, labels - 0.1)
+        # (cosine - 1) / 0.5 is minus the squared distance of unit vectors
+        model = KernelRidge(alpha=0.01, kernel="rbf", gamma=1).fit(seen, labels - 0.1)
         assert np.allclose(kernel[present], model.predict(query)[0, present], atol=1e-3)
 
 
@@ -59,13 +60,23 @@ def test_sgd_matches_autograd_on_explicit_weights(problems):
     x, y = problems
     for a, b, scores in zip(x[:5], y[:5], gpicl.sgd(x @ x.mT, torch.eye(10)[y[:, :-1]])[:5, 0]):
         weights = torch.zeros(10, 8, requires_grad=True)
-        rate = 1.0 / a[:-1].square().sum(-1).mean()
         for _ in range(10):
             for example, label in zip(a[:-1], b[:-1]):
                 loss = torch.nn.functional.cross_entropy(weights @ example, label)
                 with torch.no_grad():
-                    weights -= rate * torch.autograd.grad(loss, weights)[0]
+                    weights -= torch.autograd.grad(loss, weights)[0]
         assert torch.allclose(scores, weights @ a[-1], atol=1e-3)
+
+
+def test_classical_learners_compare_images_at_unit_length(problems):
+    x, y = problems
+    length = torch.rand(40, 31, 1, generator=torch.Generator().manual_seed(0)) + 0.1
+    long, gram = x * length, x @ x.mT
+    expected = {name: ours(name, x, y).argmax(-1) for name in gpicl.CLASSICAL}
+    for name, labels in gpicl.classical_labels(long @ long.mT, y[:, :-1]).items():
+        assert (labels == expected[name]).float().mean() > 0.95          # but for rounding
+    assert torch.allclose(gpicl.cosines_of(long @ long.mT), gram, atol=1e-5)
+    assert gpicl.cosines_of(torch.zeros(1, 2, 2)).tolist() == [[[0, 0], [0, 0]]]
 
 
 def test_all_learners_see_the_same_sequences_and_curves_add_up(blobs, tiny):
