@@ -174,7 +174,8 @@ MODELS = dict(transformer="Transformer", lstm="LSTM", outer_lstm="outer-product 
               maml="MAML")
 CHOICES = dict(DEVICE=("auto", "cuda", "mps", "cpu"), PRECISION=("auto", "bf16", "fp32"),
                TOKEN_FORMAT=("pairs", "paper"), OPTIMIZER=("muon", "adamw"), ARCHITECTURE=[*MODELS])
-MISSING = {"", "?", "-", "na", "n/a", "null", "none"}    # in a .csv file: no names of columns
+MISSING = {"", "?", "-", ".", "na", "n/a", "n.a.", "#n/a", "<na>", "null", "none", "nan", "inf",
+           "-inf", "missing", "unknown"}             # in a .csv file: no names of columns
 RENDERED = dict(RenderedDigits="0123456789", RenderedLetters="ABCDEFGHIJ")    # stand in for MNIST
 # What each setting is, whatever is written above: type, least, most, and that in words.
 KINDS = {name: kind for *kind, names in (
@@ -199,7 +200,7 @@ PAPER = {name: dict(zip(("GPICL", "SGD", "MAML", "VSML", "LSTM"), row)) for name
     CIFAR10=(19.40, 14.84, 17.38, 24.09, 12.11), SVHN=(14.58, 10.16, 11.33, 17.45, 11.07)).items()}
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something that the user can mend. The message says what is wrong and what to do."""
 
 
@@ -276,19 +277,31 @@ def project_afresh(coordinates, settings, generator):
     covariance is X X'/N. So do `coordinates` times a matrix G (n, P) of normal numbers: n rows in
     place of N, and the same distribution.
 
-    Of the outputs that a model does not read one by one only inner products matter, so G G'. That
-    has the law of L L' with L (n, n) lower triangular, of normal numbers below chi-distributed ones
-    (Bartlett 1933; chi as by Wilson and Hilferty 1931): n numbers say of each image what P -
-    outputs_read did, and x is (B, T, outputs_read + n) where that is fewer than P by 100.
+    Of the outputs that a model does not read one by one only inner products matter, so G G': n
+    numbers say of each image what P - outputs_read did (see bartlett_), and x is
+    (B, T, outputs_read + n) where that is fewer than P by 100.
     """
     (B, _, n), P, read = coordinates.shape, settings.PROJECTION_SIZE, outputs_read(settings)
-    width = P if P < read + n + 100 else read + n
-    matrix = torch.randn(B, n, width, generator=generator, device=coordinates.device)
-    if width < P:                                        # the last n columns become L
-        freedom = P - read - torch.arange(n, device=matrix.device)
-        root = 1 - 2 / (9 * freedom) + (2 / (9 * freedom))**0.5 * matrix.diagonal(read, 1, 2)
-        matrix.tril_(read).diagonal(read, 1, 2).copy_(freedom**0.5 * root**1.5)
+    fewer = read + n <= P - 100
+    matrix = torch.randn(B, n, read + n if fewer else P, generator=generator,
+                         device=coordinates.device)
+    if fewer:
+        bartlett_(matrix, read, P - read)
     return coordinates @ matrix
+
+
+def bartlett_(matrix, start, outputs):
+    """Turn the normal numbers of matrix (B, n, start + n), from column `start` on, into L (B, n, n)
+    whose L L' has the law of G G' for G (n, outputs).
+
+    L is lower triangular: normal below a diagonal of chi-distributed numbers (Bartlett 1933), which
+    come from normal ones by the formula of Wilson and Hilferty (1931).
+    """
+    diagonal = matrix.diagonal(start, 1, 2)
+    freedom = outputs - torch.arange(matrix.shape[1], device=matrix.device)
+    root = 1 - 2 / (9 * freedom) + (2 / (9 * freedom))**0.5 * diagonal
+    matrix.tril_(start)
+    diagonal.copy_(freedom**0.5 * root**1.5)
 
 
 def draw_images(dataset, n_sequences, length, generator):
@@ -335,8 +348,9 @@ def norm(x):
     return F.layer_norm(x, x.shape[-1:])
 
 
-# The last `queries` examples of a sequence are asked about side by side, unseen by each other: each
-# of them comes right after example T - queries, the end of the context. In meta-training, one is.
+# A classifier asks about many rows at once: the last `queries` examples of a sequence, of which
+# each sees the T - queries before them and none of the others. So `shift`, mask and positions treat
+# each as the one right after the context. (In meta-training `queries` is 1.)
 def shift(x, queries):
     """Return x (B, T, n) moved on: example i gets what belongs to the example before it.
 
@@ -369,10 +383,11 @@ def ridge_weights(cosines, queries, mask, width=0.25, penalty=0.03):
     """Return (B, T, T): what token j's label weighs in a kernel ridge regression for query i, from
     the images' cosines (B, T, T), where `mask` (T, T) lets it look.
 
-    w_i = (K + penalty)^-1 k_i, with K = exp((cosines - 1) / width) among the examples before i: a
-    least-squares look-up (the mesa-layer of von Oswald et al. 2023), whose weights may be negative.
-    All of them follow from one factor L L' = K + penalty, since its first rows and columns are the
-    factor for the first examples, and row i left of the diagonal is L_i^-1 k_i.
+    w_i = (K_i + penalty)^-1 k_i, where K = exp((cosines - 1) / width), K_i = K[:i, :i] are the
+    examples before i among themselves, and k_i = K[:i, i]: a least-squares look-up (the mesa-layer
+    of von Oswald et al. 2023), whose weights may be negative. All i at once, from one factor
+    L L' = K + penalty: L_i = L[:i, :i] is the factor of K_i + penalty, and row i of L left of the
+    diagonal is L_i^-1 k_i; so w_i = L[i, :i] L_i^-1, one triangular system for all.
     """
     T, n = cosines.shape[1], cosines.shape[1] - queries
     with torch.autocast(cosines.device.type, enabled=False):
@@ -981,12 +996,12 @@ class InContextClassifier:
         kind = getattr(getattr(network, "settings", None), "ARCHITECTURE", None)
         if kind != "transformer":
             raise UserError(f"this model has ARCHITECTURE={kind}; only a transformer of this "
-                            "program answers many queries about one context.")
+                            "program answers many queries at once (classify: --CHECKPOINT=path).")
         self.network_, self.classes_, self.names_ = network, classes, column_names(X)
         # Numbered as they first appear: other names for the classes change nothing but names.
         self.slots_ = torch.as_tensor(first.argsort().argsort())
         self.labels_ = self.slots_[torch.as_tensor(numbers)]
-        self.examples_, self.n_features_in_ = (x, y), x.shape[1]
+        self.examples_, self.n_features_in_, self.shape_ = (x, y), x.shape[1], np.shape(X)[1:]
         mean, spread = x.mean(0), x.std(0, correction=0)
         scales = dict(shared=(x.mean(), x.std(correction=0)), columns=(mean, spread),
                       centred=(mean, spread.square().mean().sqrt()))
@@ -1005,6 +1020,8 @@ class InContextClassifier:
         x, context = as_rows(X), scaled(self.examples_[0], *self.scale_)
         if x.shape[1] != self.n_features_in_:
             raise UserError(f"X has {x.shape[1]} features, the examples {self.n_features_in_}.")
+        if min(np.ndim(X), len(self.shape_) + 1) > 2 and np.shape(X)[1:] != self.shape_:
+            raise UserError(f"X has images of shape {np.shape(X)[1:]}, the examples {self.shape_}.")
         names = column_names(X)
         if names and self.names_ and names != self.names_:
             raise UserError(f"X has the columns {names}, the examples {self.names_}.")
@@ -1013,8 +1030,8 @@ class InContextClassifier:
         x, network, n = scaled(x, *self.scale_), self.network_, min(len(context), MAX_CONTEXT)
         device, shape = network.head.weight.device, (x.shape[1], network.settings.PROJECTION_SIZE)
         t, total = self.temperature, torch.zeros(len(x), len(self.classes_))
-        if t is not None and not (isinstance(t, (int, float, np.number)) and t > 0):
-            raise UserError(f"temperature is {t!r}; expected a number above 0, or None.")
+        if t is not None and not (isinstance(t, (int, float, np.number)) and 1e-6 <= t <= 1e6):
+            raise UserError(f"temperature is {t!r}; expected 1e-6 to 1e6, or None.")
         if not isinstance(self.random_state, (int, np.integer)):
             raise UserError(f"random_state is {self.random_state!r}; expected a whole number.")
         for i in range(self.n_ensemble):
@@ -1022,7 +1039,7 @@ class InContextClassifier:
             rho = torch.randperm(C, generator=generator)
             order = torch.randperm(len(context), generator=generator)[:n]
             labels = rho[self.labels_[order]].to(device)
-            projection = torch.randn(shape, generator=generator).to(device) / shape[0]**0.5
+            projection = torch.randn(shape, generator=generator).div_(shape[0]**0.5).to(device)
             seen, t = context[order].to(device) @ projection, self.temperature
             for part, out in zip(x.split(QUERIES), total.split(QUERIES)):
                 shown = torch.cat([seen, part.to(device) @ projection])[None]
@@ -1040,7 +1057,10 @@ class InContextClassifier:
     def score(self, X, y):
         """Return the share of rows whose class is predicted rightly."""
         predicted = self.predict(X)
-        return float((predicted == as_labels(y, len(predicted))).mean())
+        y = as_labels(y, len(predicted))
+        if not np.isin(y, self.classes_).any():
+            raise UserError(f"none of the labels y ({y[0]!r} ...) is one of {self.classes_}.")
+        return float((predicted == y).mean())
 
     def save(self, path):
         """Write the fitted classifier, model and examples included, to a file for `load`."""
@@ -1051,7 +1071,8 @@ class InContextClassifier:
             raise UserError(f"labels like {self.classes_[0]} can't be saved; use words or numbers.")
         params = {k: np.asarray(v).item() for k, v in self.get_params().items() if k != "model"}
         params["scaling"] = str(self.scaling_)
-        state = dict(params=params, x=self.examples_[0], y=labels, names=self.names_)
+        state = dict(params=params, x=self.examples_[0], y=labels, names=self.names_,
+                     shape=list(self.shape_))
         save_checkpoint(Path(path), self.network_.settings, self.network_, classifier=state)
 
     @classmethod
@@ -1064,6 +1085,7 @@ class InContextClassifier:
         state = saved["classifier"]
         classifier = cls(network, **state["params"]).fit(state["x"], np.array(state["y"]))
         classifier.names_ = state.get("names", [])
+        classifier.shape_ = tuple(state.get("shape", classifier.shape_))
         return classifier
 
 
@@ -1072,8 +1094,8 @@ def as_rows(X):
     try:
         x = np.asarray(X.detach().cpu().to(torch.promote_types(X.dtype, torch.float64)) if
                        isinstance(X, torch.Tensor) else X)             # NumPy has no bfloat16
-        if x.dtype.kind == "c":
-            raise TypeError("they are complex")
+        if x.dtype.kind in "cmM":                        # complex, dates
+            raise TypeError(f"they are {x.dtype}")
         x = x.astype(np.float64)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(f"X can't be read as an array of numbers ({error}).") from None
@@ -1094,7 +1116,10 @@ def column_names(X):
 def as_labels(y, n):
     """Return the labels y as an array of shape (n,); raise UserError for anything else."""
     try:
-        y = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y)
+        kinds = {*map(type, y)} if isinstance(y, (list, tuple)) else ()
+        y = np.asarray(y.detach().cpu() if isinstance(y, torch.Tensor) else y,
+                       object if len(kinds) > 1 and str in kinds else None).copy()   # not as text
+        y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the labels can't be read, one per row ({error}).") from None
     if y.shape != (n,):
@@ -1144,7 +1169,7 @@ def as_dataset(name, x, y, size, device, most=C):
         raise UserError(f"{name}: x holds {x.dtype}; expected numbers.")
     kinds, _, y = class_numbers(y, name, most)
     with np.errstate(all="ignore"):                      # what is too large is refused below
-        x = torch.as_tensor((x - x.mean() if x.itemsize == 8 else x).astype(np.float32))
+        x = torch.as_tensor((x - x.mean(dtype=float) if x.itemsize > 2 else x).astype(np.float32))
     if not 0 < x.std() < math.inf:
         raise UserError(f"{name}: x is constant or has NaN, infinite or huge values; clean it.")
     if x.ndim > 2:
@@ -1254,6 +1279,8 @@ def npz_arrays(path, labels=True):
             arrays = {name: file[name] for name in ("x", "y") if name in file}
     except FileNotFoundError as error:
         raise DataUnavailable(f"there is no file {path}; give the path of an .npz file.") from error
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error}.") from error
     except Exception as error:                           # zipfile and numpy raise many kinds
         raise UserError(f"{path} can't be read as an .npz file ({error}); make it with numpy.savez("
                         "path, x=x, y=y), or delete it if this program made it.") from error
@@ -1264,9 +1291,9 @@ def npz_arrays(path, labels=True):
 
 
 def number(text):
-    """Return the text as a number, None if it is none: neither words nor 1_000."""
+    """Return the text as a number, None if it is none: neither words nor 1_000, nan, inf."""
     with contextlib.suppress(ValueError):
-        return None if "_" in text else float(text)
+        return float(text) if "_" not in text and math.isfinite(float(text)) else None
 
 
 def plain(label):
@@ -1281,7 +1308,7 @@ def csv_lines(path):
         text = Path(path).read_text(encoding="utf-8-sig")
         first = re.sub('"[^"]*"', "", text).strip("\n").partition("\n")[0]
         separator = max(";\t,", key=first.count)         # of as many, not the comma: 1,5;2,5
-        reader = csv.reader(io.StringIO(text), delimiter=separator)
+        reader = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
         return [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"can't read {path}: {error}.") from error
@@ -1290,11 +1317,11 @@ def csv_lines(path):
 def read_csv(path, label_column, features=None, names=None):
     """Return x (n, features), labels (n,) and the features' names of a .csv file.
 
-    A first line is a header if it has a word above a feature, or above labels that are numbers, or
-    counts 0, 1, 2 ... as pandas does (of a test, where `features` are so many: if it has the same
-    `names`); without one, names are None. The labels are in the column `label_column`: "last", a
-    name in a header (numbers are names in one of 0, 1, 2 ... only), or its number from 1. With as
-    many columns as `features` there are none.
+    A first line is a header if it has a word above a feature (and no other numbers than whole
+    ones), or above labels that are numbers, or counts 0, 1, 2 ... as pandas does (of a test, where
+    `features` are so many: if it has the same `names`); without one, names are None. The labels are
+    in the column `label_column`: "last", a name in a header (numbers are names in one of 0, 1, 2
+    ... only), or its number from 1. With as many columns as `features` there are none.
     """
     lines = csv_lines(path)
     first = lines[0][1] if lines else []
@@ -1312,6 +1339,8 @@ def read_csv(path, label_column, features=None, names=None):
         counted or not label_column.isdecimal())
     if named:
         place = first.index(label_column)
+        if label_column in first[place + 1:]:
+            raise UserError(f"{path} has several columns {label_column!r}; give one a new name.")
     elif labelled and label_column != "last":
         if label_column not in [str(i + 1) for i in range(width)]:
             raise UserError(f"{path} has no column {label_column!r}; its first line is: "
@@ -1322,7 +1351,8 @@ def read_csv(path, label_column, features=None, names=None):
     worded = [number(cell) is None and cell.lower() not in MISSING for cell in first]
     numbered = width > 2 and words == counting[:-1] and (counted or worded[place])
     titled = worded[place] and len(below) > 0 and None not in below    # a word above numbers
-    header = named or (any if likely else all)(worded[i] for i in columns) or (
+    parts = any(number(word) is not None and not word.isdecimal() for word in words)    # of a row
+    header = named or not parts and (any if likely else all)(worded[i] for i in columns) or (
         numbered or titled if features is None else words == names)
     if header and "" in first:
         raise UserError(f"{path}: column {first.index('') + 1} has no name in the first line; if "
@@ -1337,6 +1367,8 @@ def read_csv(path, label_column, features=None, names=None):
                             f"a number; LABEL_COLUMN, for the labels, is column {place + 1}.")
         if labelled and row[place] in ("", "nan", "NaN"):
             raise UserError(f"{path}: line {line} has no label in column {place + 1}.")
+    if not x:
+        raise UserError(f"{path} has no rows below its first line, the columns' names.")
     if all(re.fullmatch(r"[+-]?(0|[1-9]\d{0,14})(\.0*)?", label) for label in labels):
         labels = [int(float(label)) for label in labels]    # "1" and "1.0" are one class; not "01"
     return np.array(x), np.array(labels) if labelled else None, words if header else None
@@ -1731,7 +1763,8 @@ def result_table(results):
             label = f"{name}: {ours}" if learner == ours else f"  {learner}"
             rows.append((label, dict(zip(examples, accuracy))))
             if learner == ours:
-                half = 50 * np.subtract(curve["high"], curve["low"])
+                low, high = (100 * np.array(curve[end]) for end in ("low", "high"))
+                half = np.maximum(high - accuracy, accuracy - low)       # at 0 or 100 % one-sided
                 rows.append(("  95 % interval, ±", dict(zip(examples, half))))
                 key = f"{name.replace(' ', '-')}@{lengths[-1]}"
                 greppable.append(f"{key}: {accuracy[-1]:.1f} ± {half[-1]:.1f}")
@@ -2148,6 +2181,8 @@ def runs_of(name, settings, flags):
     cells = []
     if settings.ARCHITECTURE == "maml" and name in ("algorithm", "plateau"):
         raise UserError(f"{name} asks early and late; maml answers after all examples only.")
+    if name == "algorithm" and settings.NUM_EXAMPLES < 3:
+        raise UserError("algorithm compares answers after 2 or more examples; NUM_EXAMPLES=3 or up")
     for cell in EXPERIMENTS[name].cells:
         for key in {"ARCHITECTURE", "TOKEN_FORMAT"} & {*cell} & {*flags}:
             raise UserError(f"{name} compares models of different {key}; leave that flag out.")
@@ -2172,13 +2207,15 @@ def sweep(name, settings, flags):
     log, threads = log_to(folder / "log.txt"), torch.get_num_threads()
     done = read_runs(folder / "runs.jsonl")
     todo = [run for run in runs if json.dumps(run) not in done]
-    workers = min(settings.WORKERS or (threads if device.type == "cpu" else 1), max(1, len(todo)))
+    most = settings.WORKERS or (threads if device.type == "cpu" else 1)
+    workers = min(most, max(1, len(todo)))
     log(*notices,
         f"Experiment  {name}: {len(runs)} runs, {len(runs) - len(todo)} of them made before, "
         f"{workers} at once\n"
         f"Device      {device.type} ({why}), {precision}; {machine(device)}\n"
         f"Data        {training.name}; tested on {', '.join(tests)}\nRun folder  {folder}")
-    jobs = [(name, {**vars(settings), **run}, run, max(1, threads // workers)) for run in todo]
+    # Threads decide how sums are rounded: as many in a run that is made alone, after a kill.
+    jobs = [(name, {**vars(settings), **run}, run, max(1, threads // most)) for run in todo]
     with run_all(jobs, workers) as made, open(folder / "runs.jsonl", "a", buffering=1) as file:
         for record in tqdm(made, total=len(jobs), unit="run", leave=False,
                            disable=None if jobs else True):
@@ -2188,7 +2225,7 @@ def sweep(name, settings, flags):
     rows = [{**record["cell"], **row} for record in records for row in record["rows"]]
     figure = Figure(layout="constrained")
     lines = EXPERIMENTS[name].report(rows, figure)
-    figure.suptitle(EXPERIMENTS[name].title)
+    figure.suptitle(f"{EXPERIMENTS[name].title} (meta-trained on {training.name})")
     with replacing(results / f"{name}.png") as temporary:
         figure.savefig(temporary, dpi=110)
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -2226,7 +2263,9 @@ def run_all(jobs, workers):
     spawn = torch.multiprocessing.get_context("spawn")
     pool = futures.ProcessPoolExecutor(workers, spawn, begin_worker)
     try:
+        former = signal.signal(signal.SIGINT, signal.SIG_IGN)          # workers inherit this
         tasks = [pool.submit(one_run, job) for job in jobs]
+        signal.signal(signal.SIGINT, former)
         yield (task.result() for task in futures.as_completed(tasks))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("Stopped; the same command goes on with the runs left.") from None
@@ -2256,7 +2295,7 @@ def measure_phases(settings, data, precision):
     sets = [("training tasks", training.name, settings.NUM_TASKS), *(
         ("unseen tasks" if name == training.name else name, name, 0) for name in tests)]
     for label, name, num_tasks in sets:
-        if name in tests:
+        if name in tests and (num_tasks or label != "training tasks"):
             first, last = both_ends(model, tests[name], settings, precision, num_tasks)
             rows.append(dict(tested_on=label, first=first, last=last, improvement=last - first))
     return rows
@@ -2282,7 +2321,8 @@ def report_phases(rows, figure):
                 lines.append(f"  {kind}: 95 % interval above 10 points with {', '.join(surely)} "
                              "tasks" if surely else f"  {kind}: nowhere surely above 10 points")
         panels[0].set_xscale("symlog", base=2, linthresh=1)            # 0: fresh tasks
-        panels[0].set_ylim(-5, 65)
+        low, high = panels[0].get_ylim()
+        panels[0].set_ylim(min(-10, low), max(60, high))
         for panel, kind in zip(panels[1:], ("training tasks", "unseen tasks")):
             heat_map(panel, select(mine, tested_on=kind), "NUM_TASKS", "MODEL_SIZE", "last",
                      f"accuracy (%) at the end, {kind}")
@@ -2340,7 +2380,8 @@ def measure_plateau(settings, data, precision, every=20, enough=3):
 def report_plateau(rows, figure):
     """One panel for each factor: the lengths where the plateau was left; hollow where not."""
     figure.set_size_inches(16, 8)
-    panels, lines, cap = figure.subplots(2, 3).flat, [], max(row["steps"] for row in rows)
+    panels, lines = figure.subplots(2, 3, sharey=True).flat, []
+    cap = max(row["steps"] for row in rows)
     fixed = {key: rows[0][key] for key in PLATEAU_BASE if len(values_of(rows, key)) == 1}
     for panel, (factor, cells) in zip(panels, PLATEAU_FACTORS.items()):
         wanted = {value: {**PLATEAU_BASE, **cell, **fixed} for value, cell in cells.items()}
@@ -2356,7 +2397,7 @@ def report_plateau(rows, figure):
                              f"Length of the plateau (steps): {factor}", 1, 0)
         panel.clear()                                    # every run is drawn, not their means
         values, kinds = values_of(runs, "value"), values_of(runs, "tested_on")
-        lines += [f"  not left within {cap} steps: {value}, {kind}, {len(stuck)} runs"
+        lines += [f"  not left within {cap} steps: {factor} {value}, {kind}, {len(stuck)} runs"
                   for value, kind in itertools.product(values, kinds)
                   if (stuck := select(runs, value=value, tested_on=kind, left=False))]
         for color, kind in enumerate(kinds):
@@ -2414,9 +2455,9 @@ def rank_correlation(x, y):
 
 
 def report_architectures(rows, figure):
-    """Two panels, with rank correlations: over all kinds of model, and over those above chance."""
+    """Two panels, with rank correlations and their bootstrapped intervals over kinds of model."""
     figure.set_size_inches(15, 5)
-    first, lines, models, points = rows[0]["tested_on"], [], {}, []
+    first, lines, models, points, names = rows[0]["tested_on"], [], {}, [], []
     for row in rows:
         cell = [value for key, value in row.items() if key.isupper() and key != "SEED"]
         models.setdefault(str(cell), []).append(row)
@@ -2426,20 +2467,22 @@ def report_architectures(rows, figure):
         for kind in values_of(mine, "tested_on"):
             mean, half = summary(select(mine, tested_on=kind), "accuracy")
             lines[-1] += f"   {kind}{100 * mean:6.1f} ±{100 * half:4.1f}".replace(" ± nan", "")
-            points += [(state, parameters, mean, mean - half > 1 / C)] if kind == first else []
-    points = np.array(points)
-    learnt = points[points[:, 3] > 0]                    # the others have not left the plateau
-    groups = [(learnt, "kinds of model above chance")] if len(learnt) > 2 else []
+            points += [(state, parameters, mean, half)] if kind == first else []
+        names.append(MODELS[architecture])
+    points, names = np.array(points), np.array(names)
     for column, what in enumerate(("state", "parameters")):
-        for some, which in [*groups, (points, "kinds of model")]:
-            again = some[np.random.default_rng(0).integers(len(some), size=(2000, len(some)))]
-            value, *every = (rank_correlation(few[:, column], few[:, 2]) for few in (some, *again))
-            ends = np.quantile([v for v in every if v == v] or [math.nan], [.025, .975])
-            words = "{:.2f} ({:.2f} to {:.2f})".format(value, *ends)
-            words = f"{len(some)} {which}: rank correlation with {what} {words}"
-            lines.append(f"{first}, {words}")
-        draw_curves(select(rows, tested_on=first), figure.add_subplot(1, 2, column + 1), what,
-                    "accuracy", "ARCHITECTURE", f"accuracy (%) on {first}\n{words}")
+        again = points[np.random.default_rng(0).integers(len(points), size=(2000, len(points)))]
+        value, *every = (rank_correlation(few[:, column], few[:, 2]) for few in (points, *again))
+        ends = np.quantile([v for v in every if v == v] or [math.nan], [.025, .975])
+        words = "rank correlation with {} {:.2f} ({:.2f} to {:.2f})".format(what, value, *ends)
+        lines.append(f"{first}, {len(points)} kinds of model: {words}")
+        panel = figure.add_subplot(1, 2, column + 1)
+        for name in dict.fromkeys(names):                # a curve joins the sizes of a kind
+            place, (mean, half) = points[names == name, column], 100 * points[names == name, 2:].T
+            panel.errorbar(place, mean, half, marker="o", ms=4, capsize=3, label=name)
+        panel.axhline(100 / C, color="k", lw=1, ls=":", label="chance")
+        panel.set(title=f"accuracy (%) on {first}\n{words}", xlabel=what, xscale="log")
+        panel.legend(fontsize=8, framealpha=0.5)
     return lines
 
 
@@ -2670,7 +2713,7 @@ EXPERIMENTS = {
             {**PLATEAU_BASE, **cell} for cells in PLATEAU_FACTORS.values()
             for cell in cells.values()], measure_plateau, report_plateau),
     "table": Experiment(
-        "The paper's table, meta-trained on MNIST",
+        "The paper's table",
         dict(EVAL_DATASETS="auto,KMNIST?,Random,CIFAR10?,SVHN?", MERGED_FRACTION=0.0),
         [dict(ARCHITECTURE=name, PROJECTION_SIZE=P, MODEL_SIZE=D, NUM_LAYERS=layers, STEPS=steps,
               BATCH_SIZE=B, LEARNING_RATE=rate) for name, P, D, layers, steps, B, rate in (
@@ -2880,6 +2923,9 @@ def classify(settings):
         if not {*known} & {*true}:
             raise UserError(f"none of TEST_FILE's labels ({labels[0]!s} ...) is one of the "
                             f"examples' ({', '.join(map(str, classifier.classes_))}).")
+        if others := [label for label in true if label not in known]:
+            print(f"NOTICE       {len(others)} labels of TEST_FILE are of no class of the examples "
+                  f"({others[0]} ...); they count as wrong.")
         right = sum(a == b for a, b in zip(told, true))
         low, high = interval(right, len(rows))
         print(f"Accuracy     {100 * right / len(rows):.1f} % "
@@ -2891,6 +2937,8 @@ def explained(error):
     words = " ".join(str(error).split())
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, RuntimeError) and re.search("Connection (closed by peer|reset)", words):
+        return "another process of torchrun has stopped; its message says why."
     if isinstance(error, ModuleNotFoundError):
         return f"{words}; to install what is needed: pip install -r requirements.txt"
     if isinstance(error, OSError):

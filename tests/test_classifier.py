@@ -280,11 +280,13 @@ def test_bad_use_is_refused(model, tmp_path):
     with pytest.raises(UserError, match="expected auto, shared, centred"):
         InContextClassifier(model, scaling="wide").fit(X, y)
     for wrong in (dict(n_ensemble=0), dict(n_ensemble=1.5), dict(temperature=0),
-                  dict(random_state=1.5)):
+                  dict(temperature=1e-40), dict(random_state=1.5)):
         with pytest.raises(UserError, match=f"{list(wrong)[0]} is {list(wrong.values())[0]}"):
             InContextClassifier(model, **wrong).fit(X, y).predict(X)
     with pytest.raises(UserError, match="90 rows, but labels of shape"):
-        InContextClassifier(model).fit(X, y).score(X, y[:, None])
+        InContextClassifier(model).fit(X, y).score(X, np.stack([y, y], 1))
+    with pytest.raises(UserError, match="none of the labels y .* is one of"):
+        InContextClassifier(model).fit(X, y).score(X, y.astype(str))
     with pytest.raises(UserError, match="can't write"):
         InContextClassifier(model).fit(X, y).save(tmp_path / "no" / "c.pt")
     with pytest.raises(UserError, match="can't be saved; use words or numbers"):
@@ -378,6 +380,11 @@ def test_classify_from_csv_files(model_file, tmp_path, capsys, monkeypatch):
     expected = InContextClassifier(model_file).fit(X[:40], names[:40])
     assert "40 of 6 features, 3 classes" in printed
     assert f"{100 * expected.score(X[40:], names[40:]):.1f} %" in printed
+    strange = write(tmp_path / "strange.csv", [header, *rows[40:-2], *(
+        [*row[:-1], "Ape"] for row in rows[-2:])])       # labels that no example has
+    assert gpicl.main([*command, f"--TEST_FILE={strange}", "--PREDICTIONS_FILE=p.csv"]) == 0
+    assert "2 labels of TEST_FILE are of no class of the examples (Ape ...)" in (
+        capsys.readouterr().out)
     with open("predictions.csv", newline="") as file:
         found = list(csv.DictReader(file))
     assert [row["prediction"] for row in found] == list(expected.predict(X[40:]))
@@ -587,6 +594,50 @@ def test_a_first_row_with_a_hole_is_no_header_of_a_test(tmp_path):
         gpicl.read_csv(hole, "last", features=2)
     worded = write(tmp_path / "worded.csv", [["a", "b"], [1, 2]])        # of examples in an .npz
     assert gpicl.read_csv(worded, "last", features=2)[0].tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("text, words", [
+    ('1,2,x\n3,4,"y\n5,6,x\n', "unexpected end of data"),               # a quote never closed
+    ("5.1cm,3.5,x\n1,2,x\n3,4,y\n", "'5.1cm' in line 1, column 1, is not a number"),
+    ("<NA>,3,x\n1,2,x\n3,4,y\n", "'<NA>' in line 1, column 1, is not a number"),
+    ("a,b,c\n1,2,x\n3,nan,y\n", "'nan' in line 3, column 2, is not a number"),
+    ("a,b,c\n", "no rows below its first line"),
+    ("c,b,c\n1,2,3\n3,4,5\n", "several columns 'c'")])
+def test_a_csv_file_that_would_be_misread_is_refused(text, words, tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        gpicl.read_csv(path, "c" if "several" in words else "last")
+    assert str(path) in str(error.value)
+
+
+def test_images_of_another_layout_are_refused(model, tmp_path):
+    x, y = np.random.default_rng(0).normal(size=(20, 4, 4, 3)), np.arange(20) % 2
+    fitted = InContextClassifier(model, 1).fit(x, y)
+    expected = fitted.predict(x)
+    fitted.save(tmp_path / "c.pt")
+    for classifier in (fitted, InContextClassifier.load(tmp_path / "c.pt")):
+        with pytest.raises(UserError, match="X has images of shape .3, 4, 4., the examples .4, 4"):
+            classifier.predict(np.moveaxis(x, -1, 1))
+        assert np.array_equal(classifier.predict(x.reshape(20, -1)), expected)
+
+
+def test_labels_and_numbers_are_taken_as_they_are(model, tmp_path):
+    X, y = table()
+    labels = y.copy()
+    fitted = InContextClassifier(model, 1).fit(X, labels)
+    before = fitted.predict(X)
+    labels[:] = labels[::-1]                             # by the caller, afterwards
+    fitted.save(tmp_path / "c.pt")
+    assert np.array_equal(InContextClassifier.load(tmp_path / "c.pt").predict(X), before)
+    assert np.array_equal(InContextClassifier(model, 1).fit(X, y[:, None]).predict(X), before)
+    for mixed in ([1, "no"] * 45, ["s", float("nan")] * 45):
+        with pytest.raises(UserError, match="several types"):
+            InContextClassifier(model).fit(X, mixed)
+    with pytest.raises(UserError, match="can't be read as an array of numbers"):
+        InContextClassifier(model).fit(np.array(X.astype(int), "datetime64[s]"), y)
+    with pytest.raises(ValueError, match="has no examples yet"):         # as scikit-learn expects
+        InContextClassifier(model).predict(X)
 
 
 def test_a_folder_is_no_damaged_checkpoint(tmp_path, fails):

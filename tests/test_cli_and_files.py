@@ -79,6 +79,13 @@ def test_torchrun_is_for_training_on_as_many_gpus_as_there_are(fails, monkeypatc
     assert "can't share MPS; use --DEVICE=cpu" in fails([])
 
 
+def test_another_process_that_stops_is_no_traceback(fails, monkeypatch):
+    def run(*_):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:4")
+    monkeypatch.setattr(gpicl, "run", run)
+    assert "another process of torchrun has stopped" in fails([])
+
+
 def test_a_missing_package_is_named(fails, monkeypatch):
     def run(*_):
         raise ModuleNotFoundError("No module named 'matplotlib'")
@@ -308,6 +315,12 @@ def test_numbers_far_from_zero_keep_their_differences(blobs):
     x, y = blobs.x.double().numpy(), blobs.y.numpy()
     near, far = (gpicl.as_dataset("x", x + offset, y, 28, "cpu").x for offset in (0, 1e8))
     assert torch.allclose(near, far, atol=1e-5)
+    whole = (100 * x).astype(np.int32)
+    near, far = (gpicl.as_dataset("x", whole + np.int32(offset), y, 28, "cpu").x
+                 for offset in (0, 10**9))
+    assert torch.allclose(near, far, atol=1e-4)
+    with pytest.raises(gpicl.UserError, match="constant"):
+        gpicl.as_dataset("x", np.full((len(y), 8), 0.1, np.float32), y, 28, "cpu")
 
 
 def test_a_damaged_mnist_is_named(tiny_flags, fails, tmp_path, monkeypatch):

@@ -180,3 +180,14 @@ def test_logits_that_are_not_finite_are_told_in_every_test(blobs, tiny):
                 lambda: gpicl.last_predictions(model, x, y, "fp32")):
         with pytest.raises(gpicl.UserError, match="logits are not finite"):
             ask()
+
+
+def test_a_printed_interval_covers_the_curves_own(tiny):
+    """Near 0 and 100 % intervals are one-sided."""
+    low, high = gpicl.interval(np.array([0, 64]), 64)
+    curve = dict(examples=[0, 1], accuracy=[0.0, 1.0], low=low.tolist(), high=high.tolist())
+    lines = gpicl.result_table(dict(
+        context_lengths=[0, 1], settings=dict(ARCHITECTURE="transformer"),
+        data_sets=dict(blobs=dict(curves=dict(Transformer=curve), classes=10, paper={}))))
+    assert "  95 % interval, ±                       5.7   5.7" in lines
+    assert lines[-1] == "blobs@1: 100.0 ± 5.7"

@@ -86,6 +86,30 @@ def test_a_sweep_goes_on_where_it_stopped(sweep, tmp_path):
     assert len(table(tmp_path / "results" / "phases.csv")) == 1.5 * len(rows)
 
 
+def test_a_run_left_by_a_kill_gets_as_many_threads_as_ever(sweep, tmp_path, monkeypatch):
+    """Their number decides how sums are rounded."""
+    threads, run_all = [], gpicl.run_all
+
+    def noted(jobs, workers):
+        threads.append({job[-1] for job in jobs})
+        return run_all(jobs, 1)
+
+    monkeypatch.setattr(gpicl, "run_all", noted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    more = dict(NUM_TASKS=4, MODEL_SIZE=16, SEEDS=1, WORKERS=4)
+    sweep("phases", **more)
+    lines = next((tmp_path / "runs").glob("phases-*/runs.jsonl"))
+    lines.write_text(lines.read_text().strip().rpartition("\n")[0])      # the last one is gone
+    sweep("phases", **more)
+    assert threads == [{2}, {2}]
+
+
+def test_fresh_tasks_are_no_training_tasks(sweep, tmp_path):
+    sweep("phases", NUM_TASKS=0, MODEL_SIZE=16, SEEDS=1)
+    rows = table(tmp_path / "results" / "phases.csv")
+    assert {row["tested_on"] for row in rows} == {"unseen tasks", "RenderedLetters"}
+
+
 def test_a_setting_that_some_runs_only_set_counts_for_the_others(sweep):
     """`architectures` sets LEARNING_RATE for one kind of model; by a flag it changes them all."""
     assert " 0 of them made before" in sweep("architectures", MODEL_SIZE=8, STEPS=1)
@@ -152,6 +176,7 @@ def test_a_stopped_sweep_says_so_and_keeps_its_runs(number, rendered_dir, tmp_pa
     (["features", "--WAYS=30"], "from 1 to 10"),
     (["features", "--SHOTS=1", "--IMAGE_SIZE=3"],
      "train and test on grey images such as MNIST, of IMAGE_SIZE=4 or more"),
+    (["algorithm", "--NUM_EXAMPLES=2"], "after 2 or more examples; NUM_EXAMPLES=3 or up"),
     (["algorithm", "--ARCHITECTURE=maml"], "maml answers after all examples only"),
     (["plateau", "--ARCHITECTURE=maml"], "maml answers after all examples only"),
     (["plateau", "--EVAL_DATASETS=Random"], "plateau does not read EVAL_DATASETS"),
@@ -319,9 +344,12 @@ def test_models_of_other_settings_are_no_more_seeds():
     rows = [dict(ARCHITECTURE=name, LEARNING_RATE=rate, SEED=seed, tested_on="MNIST", state=8,
                  parameters=9, accuracy=rate)
             for name in ("lstm", "mlp") for rate in (0.1, 0.3) for seed in (0, 1)]
-    lines = gpicl.report_architectures(rows, Figure())
+    figure = Figure()
+    lines = gpicl.report_architectures(rows, figure)
     assert [re.search(r"MNIST +(.*)", line)[1] for line in lines[:4]] == [
         "10.0 ± 0.0", "30.0 ± 0.0"] * 2
+    for panel in figure.axes:                            # a mark for each model
+        assert [bars[0].get_ydata().tolist() for bars in panel.containers] == [[10, 30], [10, 30]]
 
 
 @pytest.mark.parametrize("flags, shown, hidden", [
@@ -453,3 +481,19 @@ def test_a_file_called_as_another_data_set_is_what_is_measured(blobs, tiny, tmp_
     settings = tiny(TRAIN_DATASET=path, EVAL_DATASETS="auto")
     training, _, tests, _ = gpicl.load_all(settings, torch.device("cpu"))
     assert training.name == path and [*tests] == [path, "FashionMNIST"]
+
+
+def test_what_a_panel_hides_is_told():
+    """Runs that stayed on the plateau are listed by their factor; points are never cut off."""
+    cells = [{**gpicl.PLATEAU_BASE, **cell} for cells in gpicl.PLATEAU_FACTORS.values()
+             for cell in cells.values()]
+    rows = [dict(cell, SEED=0, tested_on="unseen tasks", length=None, left=False, steps=60)
+            for i, cell in enumerate(cells) if cell not in cells[:i]]
+    lines = gpicl.report_plateau(rows, Figure())
+    assert "  not left within 60 steps: token paper's, unseen tasks, 1 runs" in lines
+    rows = [dict(ARCHITECTURE="mlp", TOKEN_FORMAT="paper", MODEL_SIZE=32, NUM_TASKS=n, last=0.5,
+                 tested_on="unseen tasks", improvement=p) for n, p in ((8, -0.2), (16, 0.9))]
+    figure = Figure()
+    gpicl.report_phases(rows, figure)
+    low, high = figure.axes[6].get_ylim()
+    assert low < -20 and high > 90
