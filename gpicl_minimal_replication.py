@@ -2263,9 +2263,11 @@ def run_all(jobs, workers):
     spawn = torch.multiprocessing.get_context("spawn")
     pool = futures.ProcessPoolExecutor(workers, spawn, begin_worker)
     try:
-        former = signal.signal(signal.SIGINT, signal.SIG_IGN)          # workers inherit this
+        main = threading.current_thread() is threading.main_thread()   # no other may set signals
+        former = main and signal.signal(signal.SIGINT, signal.SIG_IGN)           # workers inherit
         tasks = [pool.submit(one_run, job) for job in jobs]
-        signal.signal(signal.SIGINT, former)
+        if main:
+            signal.signal(signal.SIGINT, former)
         yield (task.result() for task in futures.as_completed(tasks))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("Stopped; the same command goes on with the runs left.") from None

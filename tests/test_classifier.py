@@ -505,7 +505,7 @@ def test_classify_says_what_is_wrong(model_file, tmp_path, fails, monkeypatch):
     assert "none of TEST_FILE's labels (x ...) is one of the examples' (a, b)" in fails([
         *command, f"--TRAIN_FILE={good}", f"--TEST_FILE={named}"])
     header = write(tmp_path / "header.csv", [["a", "b", "label"]])
-    assert "at least one row" in fails([*command, f"--TRAIN_FILE={header}", f"--TEST_FILE={good}"])
+    assert "no rows below" in fails([*command, f"--TRAIN_FILE={header}", f"--TEST_FILE={good}"])
     both = [*command, f"--TRAIN_FILE={good}", f"--TEST_FILE={good}"]
     assert "can't write PREDICTIONS_FILE=: it is not a file" in fails(
         [*both, "--PREDICTIONS_FILE="])
