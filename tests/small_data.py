@@ -6,9 +6,9 @@
 
 Thirty random splits of scikit-learn's own data sets, each with 60 to 99 rows to learn from, and,
 where they are in data/, of 16 x 16 test images of MNIST and FashionMNIST, with 99. Every classifier
-gets the same rows; for all but the forest, scikit-learn's columns of tables are standardised, images
-get unit length. C, of the SVM and of logistic regression, is 1 for tables and 10 for images (all
-this did best on validation images of MNIST: results/recipe.md). Prints a table, writes
+gets the same rows; for scikit-learn's, but the forest, columns of tables are standardised, images
+get unit length. C, of the SVM and of logistic regression, is 1 for tables and 10 for images (which
+did best on validation images of MNIST: results/recipe.md). Prints a table, writes
 results/small_data.json.
 
 With "unequal", of these images only: "8 or not" asks whether a digit is an 8, "skewed" has every
@@ -46,7 +46,6 @@ def learners(models, images):
         return [make_pipeline(Normalizer() if images else StandardScaler(), classifier)]
 
     C = 10 if images else 1
-
     return {"in-context": [gpicl.InContextClassifier(model) for model in models],
             "in-context, one pass": [gpicl.InContextClassifier(model, 1) for model in models],
             "1-nearest neighbour": scaled(KNeighborsClassifier(1)),
