@@ -1293,7 +1293,8 @@ def npz_arrays(path, labels=True):
 def number(text):
     """Return the text as a number, None if it is none: neither words nor 1_000, nan, inf."""
     with contextlib.suppress(ValueError):
-        return float(text) if "_" not in text and math.isfinite(float(text)) else None
+        if "_" not in text and math.isfinite(value := float(text)):
+            return value
 
 
 def plain(label):
@@ -1351,8 +1352,8 @@ def read_csv(path, label_column, features=None, names=None):
     worded = [number(cell) is None and cell.lower() not in MISSING for cell in first]
     numbered = width > 2 and words == counting[:-1] and (counted or worded[place])
     titled = worded[place] and len(below) > 0 and None not in below    # a word above numbers
-    parts = any(number(word) is not None and not word.isdecimal() for word in words)    # of a row
-    header = named or not parts and (any if likely else all)(worded[i] for i in columns) or (
+    values = any(number(word) is not None and not word.isdecimal() for word in words)    # no names
+    header = named or not values and (any if likely else all)(worded[i] for i in columns) or (
         numbered or titled if features is None else words == names)
     if header and "" in first:
         raise UserError(f"{path}: column {first.index('') + 1} has no name in the first line; if "
@@ -2469,8 +2470,9 @@ def report_architectures(rows, figure):
         for kind in values_of(mine, "tested_on"):
             mean, half = summary(select(mine, tested_on=kind), "accuracy")
             lines[-1] += f"   {kind}{100 * mean:6.1f} ±{100 * half:4.1f}".replace(" ± nan", "")
-            points += [(state, parameters, mean, half)] if kind == first else []
-        names.append(MODELS[architecture])
+            if kind == first:
+                points.append((state, parameters, mean, half))
+                names.append(MODELS[architecture])
     points, names = np.array(points), np.array(names)
     for column, what in enumerate(("state", "parameters")):
         again = points[np.random.default_rng(0).integers(len(points), size=(2000, len(points)))]
@@ -2922,10 +2924,11 @@ def classify(settings):
     if labels is not None:
         labels = as_labels(labels, len(rows))
         known, told, true = ([*map(plain, a)] for a in (classifier.classes_, predicted, labels))
-        if not {*known} & {*true}:
+        others = [label for label in true if label not in known]
+        if len(others) == len(true):
             raise UserError(f"none of TEST_FILE's labels ({labels[0]!s} ...) is one of the "
                             f"examples' ({', '.join(map(str, classifier.classes_))}).")
-        if others := [label for label in true if label not in known]:
+        if others:
             print(f"NOTICE       {len(others)} labels of TEST_FILE are of no class of the examples "
                   f"({others[0]} ...); they count as wrong.")
         right = sum(a == b for a, b in zip(told, true))
