@@ -1,0 +1,1 @@
+"""The experiments beyond the main replication, each runnable: python -m experiments.NAME."""
