@@ -240,6 +240,7 @@ class Attention(nn.Module):
         nn.init.normal_(self.out.weight, std=settings.OUTPUT_STD * size**-0.5)
         self.log_scale = nn.Parameter(torch.linspace(*map(math.log, scales), self.heads))
         if self.of_images:
+            nn.init.normal_(self.query.weight)           # large beside Adam's steps: they are slow
             self.key.load_state_dict(self.query.state_dict())
 
     def forward(self, h, x, x_before, mask, cache=None):
@@ -436,8 +437,8 @@ def wilson_interval(successes, n):
     return np.maximum(centre - half, 0), np.minimum(centre + half, 1)
 
 
-# Baselines, which see what the model sees: cosines (B, n + 1, n + 1) of n examples and the query,
-# the last, and one-hot labels, targets (B, n, C). They return scores (B, 1, C). Their constants, and
+# The baselines see what the model sees: cosines (B, n + 1, n + 1) of n examples and the query, the
+# last, and one-hot labels, targets (B, n, C). They return scores (B, 1, C). Their constants, and
 # that images have unit length, did best on MNIST validation images (results/recipe.md).
 def nearest_neighbour(cosines, targets):
     nearest = cosines[:, -1, :-1].argmax(1)
@@ -487,7 +488,7 @@ def baseline_labels(x, y):
 
 def meta_test_batches(dataset, n_sequences, settings, num_tasks=0):
     """Yield x, y of the meta-test sequences: the same for all models (fixed tasks: of a SEED)."""
-    size = max(1, 25600 // max(400, settings.NUM_EXAMPLES))              # fewer of long ones
+    size = max(1, 128 * 100**2 // max(100, settings.NUM_EXAMPLES)**2)    # few of long ones
     for start in range(0, n_sequences, size):
         key = "meta-test", dataset.name, start, settings.EVAL_SEED
         yield draw_sequences(dataset, min(size, n_sequences - start), settings, key, num_tasks)
@@ -786,7 +787,7 @@ def read_value(name, value, default):
     choices = CHOICES.get(name, (True, False) if isinstance(default, bool) else ())
     if choices or isinstance(default, str):
         named = {str(choice): choice for choice in choices or [value]}
-        require(str(value) in named, f"{name} is {value!r}; expected one of {', '.join(named)}.")
+        require(str(value) in named, f"{name} is {value}; expected one of {', '.join(named)}.")
         return named[str(value)]
     whole = not name.endswith(NOT_WHOLE)
     least = 2 if name == "NUM_EXAMPLES" else 1 if whole and name not in MAY_BE_ZERO else 0
@@ -797,7 +798,7 @@ def read_value(name, value, default):
         require(least <= number <= most and (number.is_integer() or not whole), "out of range")
         return int(number) if whole else number
     except (ValueError, OverflowError):
-        raise UserError(f"{name} is {value!r}; expected a {'whole ' * whole}number from {least} to "
+        raise UserError(f"{name} is {value}; expected a {'whole ' * whole}number from {least} to "
                         f"{most:g}.") from None
 
 

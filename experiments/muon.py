@@ -61,7 +61,7 @@ class WithMuon:
         matrices = [rest.pop(name) for name in names]
         adam = torch.optim.Adam(rest.values(), settings.LEARNING_RATE,
                                 betas=(0.9, settings.ADAM_BETA2), eps=settings.ADAM_EPSILON)
-        return [adam, Muon(matrices, settings.LEARNING_RATE, precision)]
+        return [adam, Muon(matrices, settings.LEARNING_RATE, precision)] if matrices else [adam]
 
 
 class MuonTransformer(WithMuon, gpicl.Transformer):

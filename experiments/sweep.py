@@ -110,8 +110,8 @@ def run_all(jobs, workers):
     if workers < 2:
         yield map(one_run, jobs)
         return
-    spawn = torch.multiprocessing.get_context("spawn")
-    pool = futures.ProcessPoolExecutor(workers, spawn, end_with_parent)
+    pool = futures.ProcessPoolExecutor(
+        workers, torch.multiprocessing.get_context("spawn"), end_with_parent)
     try:
         former = signal.signal(signal.SIGINT, signal.SIG_IGN)    # workers inherit it: Ctrl-C is
         tasks = [pool.submit(one_run, job) for job in jobs]      # left to this process
@@ -177,8 +177,8 @@ def help_text(experiment):
     """Return what an experiment does, and its settings: its own and those of all experiments."""
     lines = [line for module in (experiment, sys.modules[__name__])
              for line in gpicl.setting_lines(module.__file__).values()]
-    return "\n".join([experiment.__doc__, "Settings, as flags --NAME=value; those of the main file "
-                      "are flags, too (python gpicl_minimal_replication.py --help):", "", *lines])
+    return "\n".join([experiment.__doc__, "Flags are --NAME=value of these and of the main file's "
+                      "settings (python gpicl_minimal_replication.py --help):", "", *lines])
 
 
 def make_cells(experiment, settings, flags):
@@ -203,24 +203,24 @@ def run_experiment(name, arguments):
     settings, flags = read_settings(experiment, arguments)
     cells = make_cells(experiment, settings, flags)
     device, precision = gpicl.choose_device(settings.DEVICE, settings.PRECISION)
-    data = read_data(device, tuple(getattr(settings, key) for key in DATA_SETTINGS))
-    training, _, tests = data
+    data = training, _, tests = read_data(
+        device, tuple(getattr(settings, key) for key in DATA_SETTINGS))
     if hasattr(experiment, "check"):
         experiment.check(settings, data)
     varied = set(cells[0]).intersection(*cells)          # what some only set, others have in common
     common = {key: value for key, value in vars(settings).items() if key not in {
         *varied, *UNREAD, "SEED", "SEEDS", "WORKERS", "DATA_DIR", "OUT_DIR", "RESULTS_DIR"}}
-    folder, log = gpicl.run_folder(
-        SimpleNamespace(**common, OUT_DIR=settings.OUT_DIR, device=device.type, precision=precision,
-                        experiment=name), f"{name}-{training.name}", training.name)
-    origin = gpicl.provenance(device, precision)
+    files = [zlib.crc32(Path(value).read_bytes()) for value in common.values()
+             if isinstance(value, str) and Path(value).is_file()]
+    key = dict(common, OUT_DIR=settings.OUT_DIR, context=(name, device, precision, files, [*tests]))
+    folder, log = gpicl.run_folder(SimpleNamespace(**key), f"{name}-{training.name}", training.name)
     log(f"Experiment  {name}: {experiment.TITLE}\n"
-        f"Device      {device.type}, {precision}; {origin['machine']}\n"
-        f"Data        {training.name}; tested on {', '.join(tests)}\nRun folder  {folder}")
+        f"Device      {device.type}, {precision}\nData        {training.name}; tested on "
+        f"{', '.join(tests)}\nRun folder  {folder}")
     runs = [dict(cell, SEED=settings.SEED + i) for i in range(settings.SEEDS) for cell in cells]
     records = make_runs(name, settings, runs, folder, log)
-    facts = dict(experiment=name, runs=len(runs), settings=common, **origin,
-                 run_seconds=sum(record["seconds"] for record in records))
+    facts = dict(experiment=name, **gpicl.provenance(device, precision), settings=common,
+                 runs=len(runs), run_seconds=sum(record["seconds"] for record in records))
     rows = [{**record["run"], **row} for record in records for row in record["rows"]]
     write_results(experiment, f"{experiment.TITLE} (meta-trained on {training.name})", rows, facts,
                   Path(settings.RESULTS_DIR, name), log)

@@ -7,7 +7,8 @@ learners that are not meta-trained. "SGD (softmax)" is softmax regression, tuned
 the main file). "Adam, online" is how an earlier public program of the paper's first author ran its
 "SGD": untuned, one pass. Which of the two the paper's "SGD" is, it doesn't say.
 Columns: MNIST, FashionMNIST, KMNIST, Random (ten random points, one per class), and CIFAR10 in
-colour, from a file with x (n, 32, 32, 3) and y (n,). The paper's numbers stand in brackets.
+colour, from a file with x (n, 32, 32, 3) and y (n,) (ours: of public JPEG copies, so not the exact
+pixels). The paper's numbers stand in brackets.
 """
 
 import sys

@@ -13,9 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import gpicl_minimal_replication as gpicl  # noqa: E402
 
+SCRIPT = ROOT / "gpicl_minimal_replication.py"
 TINY = dict(NUM_EXAMPLES=12, PROJECTION_SIZE=32, MODEL_SIZE=32, NUM_LAYERS=2, NUM_HEADS=2,
-            MLP_SIZE=64, BATCH_SIZE=8, STEPS=6, WARMUP_STEPS=2, ROW_EVERY=3, ROW_SEQUENCES=16,
-            EVAL_SEQUENCES=64, VALIDATION_IMAGES=50, DEVICE="cpu")
+            MLP_SIZE=64, BATCH_SIZE=8, STEPS=6, WARMUP_STEPS=2, LOG_EVERY=3,
+            VALIDATION_SEQUENCES=16, EVAL_SEQUENCES=64, VALIDATION_IMAGES=50, DEVICE="cpu")
 
 
 def wait_until(done, process, seconds=120):
@@ -24,6 +25,23 @@ def wait_until(done, process, seconds=120):
     while not done():
         assert process.poll() is None and time.time() < end
         time.sleep(0.01)
+
+
+def train(model, dataset, settings):
+    """Meta-train a model without files or reports; return the losses."""
+    optimizers = gpicl.make_optimizers(model, settings, "fp32")
+    return [loss for _, loss in gpicl.training_steps(model, optimizers, dataset, settings, "fp32")]
+
+
+def lively_model(settings):
+    """Return a model whose zero-initialised matrices are random, so that every path counts."""
+    torch.manual_seed(0)
+    model = gpicl.make_model(settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2 and parameter.abs().max() == 0:
+                parameter.normal_(std=0.3)
+    return model.eval()
 
 
 @pytest.fixture
@@ -55,6 +73,15 @@ def tiny_flags(blobs_file, tmp_path):
     flags = {**TINY, "TRAIN_DATASET": blobs_file, "EVAL_DATASETS": blobs_file,
              "DATA_DIR": tmp_path / "data", "OUT_DIR": tmp_path / "runs"}
     return lambda **more: [f"--{name}={value}" for name, value in {**flags, **more}.items()]
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """Return a function: the only run's folder below tmp_path."""
+    def find(out_dir="runs"):
+        folder, = (tmp_path / out_dir).iterdir()
+        return folder
+    return find
 
 
 @pytest.fixture

@@ -30,7 +30,8 @@ def guesses(y, accuracy, random):
 
 
 def test_the_smallest_form(blobs_file, tmp_path):
-    assert sweep.main("algorithm", sweep_flags(blobs_file, tmp_path, EVAL_SEQUENCES=64)) == 0
+    flags = sweep_flags(blobs_file, tmp_path, MODEL_SIZE=16, EVAL_SEQUENCES=64)
+    assert sweep.main("algorithm", flags) == 0
     rows = read_csv(tmp_path / "results" / "algorithm.csv")
     learners = ["in-context", *gpicl.BASELINES, algorithm.TWIN]
     assert {row["model"] for row in rows} == {*algorithm.IN_CONTEXT}

@@ -20,7 +20,7 @@ def files(tmp_path):
 
 
 def test_the_smallest_form(blobs_file, files, tmp_path):
-    assert sweep.main("features", sweep_flags(blobs_file, tmp_path, **files)) == 0
+    assert sweep.main("features", sweep_flags(blobs_file, tmp_path, MODEL_SIZE=16, **files)) == 0
     rows = read_csv(tmp_path / "results" / "features.csv")
     learners = [*features.IN_CONTEXT, *gpicl.BASELINES]
     inputs = ["CIFAR10, ImageNet features", "CIFAR10, pixels", "blobs"]

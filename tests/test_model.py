@@ -1,33 +1,32 @@
-"""The Transformer: what a token holds, causality, attention against a plain loop."""
+"""The Transformer: what a token holds, causality, attention against a plain loop, many queries."""
 
+import functools
 import math
 
 import pytest
 import torch
-from conftest import gpicl
+from conftest import gpicl, lively_model, train
+from in_context_classifier import after_context
 
-FORMATS = [dict(TOKEN_FORMAT="pairs"), dict(TOKEN_FORMAT="pairs", RIDGE_ATTENTION=False),
-           dict(TOKEN_FORMAT="pairs", COMPARE_IMAGES=False),
-           dict(TOKEN_FORMAT="pairs", COMPARE_IMAGES=False, RIDGE_ATTENTION=False),
-           dict(TOKEN_FORMAT="paper")]
-
-
-def lively_model(settings):
-    """Return a model whose zero-initialised matrices are random, so that every path counts."""
-    torch.manual_seed(0)
-    model = gpicl.make_model(settings)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2 and parameter.abs().max() == 0:
-                parameter.normal_(std=0.3)
-    return model.eval()
+FORMS = [dict(TOKEN_FORMAT=token, IMAGE_QUERIES=of_images)
+         for token in ("pairs", "paper") for of_images in (True, False)]
+GUIDED = [dict(MODEL=f"experiments.guided:{name}")
+          for name in ("GuidedTransformer", "GuidedWithoutRidge")]
 
 
-@pytest.mark.parametrize("form", FORMATS)
+def form_name(form):
+    return " ".join(str(value).split(":")[-1] for value in form.values())
+
+
+in_every_form = pytest.mark.parametrize("form", FORMS, ids=form_name)
+also_guided = pytest.mark.parametrize("form", FORMS + GUIDED, ids=form_name)
+
+
+# --------------------------------------------------------------------------------- what it can see
+@also_guided
 def test_causality(form, tiny):
     """Changing example j, or label j, changes no prediction before j, nor that of label j."""
-    settings = tiny(**form)
-    model = lively_model(settings)
+    model = lively_model(tiny(**form))
     x, y = torch.randn(3, 12, 32), torch.randint(10, (3, 12))
     logits = model(x, y)
     for j in range(12):
@@ -40,169 +39,195 @@ def test_causality(form, tiny):
         assert not torch.allclose(model(other_x, y)[:, j], logits[:, j], atol=1e-3)
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_the_label_beside_an_example_is_the_one_before(form, tiny):
-    model, seen = gpicl.InContextModel(tiny(**form)), []
-    model.embed_label.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0]))
-    y = torch.randint(10, (3, 12))
-    model(torch.randn(3, 12, 32), y)
-    assert torch.equal(seen[0][:, 1:].argmax(-1), y[:, :-1])
-    assert torch.equal(seen[0][:, 1:].sum(-1), torch.ones(3, 11))
-    assert seen[0][:, 0].abs().sum() == 0                # no label yet: no class at all
+@also_guided
+def test_no_label_yet_is_unlike_every_class(form, tiny):
+    """The first token's label is none: to make it one of a class changes what is predicted."""
+    model = lively_model(tiny(**form))
+    x, mask = torch.randn(1, 1, 32), gpicl.causal_mask(1, "cpu")
+    codes = [torch.zeros(10), *torch.eye(10)]
+    logits = torch.stack([model.predict(x, 0 * x, code.view(1, 1, 10), mask)[0, 0]
+                          for code in codes])
+    assert torch.equal(model(x, torch.tensor([[0]]))[0, 0], logits[0])
+    assert torch.pdist(logits).min() > 1e-3              # nor is a class like another one
 
 
-def test_pairs_put_the_label_beside_its_own_image(tiny):
-    settings, seen = tiny(), []
-    model = gpicl.InContextModel(settings)
-    model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+@in_every_form
+def test_the_label_beside_an_image_is_its_own_in_pairs_else_the_one_before(form, tiny):
+    settings, tokens = tiny(**form), []
+    model = gpicl.make_model(settings)
+    model.layers[0].register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0]))
     x, y = torch.randn(2, 12, 32), torch.randint(10, (2, 12))
     model(x, y)
     label = model.embed_label(torch.nn.functional.one_hot(y, 10).float())
-    stored = seen[0][:, 5] - label[:, 4]                 # token 5 holds x_5, and x_4 with y_4
-    images = model.embed_image(x * 8 * 32**-0.5)         # weights of std 1/8 for any width
-    assert torch.allclose(stored[:, :16], images[:, 5], atol=1e-5)
-    assert torch.allclose(stored[:, 16:], images[:, 4], atol=1e-5)
-    assert images.std().item() == pytest.approx(1, abs=0.3)
+    image = model.embed_image(x * 8 * 32**-0.5)          # weights of std 1/8 for any width
+    if settings.TOKEN_FORMAT == "pairs":
+        expected = label[:, 4] + torch.cat([image[:, 5], image[:, 4]], -1)
+    else:
+        expected = label[:, 4] + image[:, 5] + model.positions[5]
+    assert torch.allclose(tokens[0][:, 5], expected, atol=1e-5)
+    assert image.std().item() == pytest.approx(1, abs=0.3)
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_no_label_is_unlike_every_class(form, tiny):
-    model = lively_model(tiny(**form))
-    x = torch.randn(1, 12, 32)
-    codes = [model.embed_label(torch.eye(10)[c]) for c in range(10)]
-    assert all(code.norm() > 0.1 for code in codes)      # "no label" adds nothing at all
-    outputs = [model(x, torch.full((1, 12), c))[0, 1] for c in range(10)]
-    assert min((a - b).abs().max() for i, a in enumerate(outputs) for b in outputs[:i]) > 1e-4
+@in_every_form
+def test_sequences_may_be_longer_than_those_trained_on(form, tiny):
+    model = lively_model(tiny(NUM_EXAMPLES=12, **form))
+    assert model(torch.randn(1, 40, 32), torch.randint(10, (1, 40))).isfinite().all()
 
 
-def ridge_by_loops(x, i, width=0.25, penalty=0.03):
-    """What the examples before i weigh in a kernel ridge regression, one system at a time."""
-    unit = torch.nn.functional.normalize(x[:i + 1].double(), dim=1)
-    kernel = ((unit @ unit.T - 1) / width).exp()
-    return torch.linalg.solve(kernel[:i, :i] + penalty * torch.eye(i), kernel[:i, i]).float()
+# ---------------------------------------------------------------------------------------- queries
+@also_guided
+def test_many_queries_at_once_are_one_at_a_time(form, tiny):
+    """The context's keys and values are kept, and seven queries asked about in parts."""
+    settings, n = tiny(**form), 11
+    model = lively_model(settings)
+    x, y = torch.randn(2, n, 32), torch.randint(10, (2, n))
+    queries, last_label = torch.randn(2, 7, 32), torch.nn.functional.one_hot(y[:, -1:], 10).float()
+    expected = torch.stack([
+        model(torch.cat([x, query[:, None]], 1), torch.nn.functional.pad(y, (0, 1)))[:, -1]
+        for query in queries.unbind(1)], 1)
+    cache = functools.partial(after_context, {})
+    labels = torch.nn.functional.one_hot(y, 10).float()
+    context = model.predict(x, gpicl.previous(x), gpicl.previous(labels),
+                            gpicl.causal_mask(n, "cpu"), cache)
+    assert torch.allclose(context, model(x, y), atol=1e-5)
+    answers = []
+    for part in queries.split([4, 1, 2], 1):
+        q = part.shape[1]
+        own = torch.full((q, q), -math.inf).fill_diagonal_(0)
+        mask = torch.cat([torch.zeros(q, n), own], 1)    # the context and itself, no other query
+        answers.append(model.predict(part, x[:, -1:].expand(-1, q, -1),
+                                     last_label.expand(-1, q, -1), mask, cache))
+    assert torch.allclose(torch.cat(answers, 1), expected, atol=1e-4)
 
 
-def test_ridge_weights_equal_plain_systems():
-    x = torch.randn(2, 9, 20)
-    cosines = gpicl.image_cosines(x, 1)[2]
-    found = gpicl.ridge_weights(cosines, 1, gpicl.causal_mask(9, 1, "cpu"))
-    together = gpicl.ridge_weights(                      # after 6 examples each
-        cosines, 3, gpicl.causal_mask(9, 3, "cpu"))
-    for b in range(2):
-        for i in range(9):                               # token j holds the label of example j - 1
-            assert torch.allclose(found[b, i, 1:i + 1], ridge_by_loops(x[b], i), atol=1e-4)
-            assert not found[b, i, 0] and not found[b, i, i + 1:].any()
-        for query in (6, 7, 8):
-            expected = ridge_by_loops(x[b][[0, 1, 2, 3, 4, 5, query]], 6)
-            assert torch.allclose(together[b, query, 1:6], expected[:-1], atol=1e-4)
-            assert torch.allclose(together[b, query, query], expected[-1], atol=1e-4)
-            assert together[b, query].count_nonzero() == 6
-
-
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("first", [True, False])
-def test_attention_equals_a_plain_loop(form, first, tiny):
-    torch.manual_seed(0)
-    attention = gpicl.Attention(tiny(**form), first)
+# --------------------------------------------------------------------------------------- attention
+@pytest.mark.parametrize("of_images", [True, False])
+def test_attention_equals_a_plain_loop(of_images, tiny):
+    attention = gpicl.Attention(tiny(IMAGE_QUERIES=of_images), first=True)
     torch.nn.init.normal_(attention.out.weight, std=0.2)
-    if attention.mixture is not None:
-        torch.nn.init.normal_(attention.mixture)
-    if attention.ridge is not None:
-        torch.nn.init.normal_(attention.ridge)
-    h, x, mask = torch.randn(2, 6, 32), torch.randn(2, 6, 32), gpicl.causal_mask(6, 1, "cpu")
-    seen = x @ torch.randn(32, 2 * 256) if attention.tied else x
-    cosines = gpicl.image_cosines(seen, 1)
-    found = attention(h, gpicl.Surroundings(
-        1, mask, 1.0, seen, cosines, gpicl.ridge_weights(cosines[2], 1, mask)))
-
-    def unit(v):
-        return v / v.norm().clamp_min(1e-6)
+    torch.nn.init.normal_(attention.key.weight, std=0.2)
+    h, x, mask = torch.randn(2, 6, 32), torch.randn(2, 6, 32), gpicl.causal_mask(6, "cpu")
+    result = attention(h, x, gpicl.previous(x), mask)
 
     def standard(v):
         return (v - v.mean()) / (v.var(correction=0) + 1e-5).sqrt()
 
-    def image(b, i):                                     # x_-1 does not exist
-        return x[b, i] if i >= 0 else torch.zeros(32)
-
     for b in range(2):
-        q, k, v = attention.qkv(h[b]).split(32, -1)
+        before = [torch.zeros(32), *x[b, :-1]]
         for i in range(6):
             heads = []
             for n in range(2):
-                part, scores = slice(16 * n, 16 * n + 16), []
+                width, size = (256 if of_images else 16), 16
+                scores = []
                 for j in range(i + 1):
-                    query, key = q[i, part], k[j, part]
-                    if attention.tied:
-                        wide = slice(256 * n, 256 * n + 256)
-                        query = seen[b, i, wide]
-                        key = seen[b, j - 1, wide] if j else torch.zeros(256)
-                    score = attention.log_scale[n].exp() * (standard(query) * standard(key)).mean()
-                    if attention.mixture is not None:
-                        pairs = [(i, j - 1), (i - 1, j - 1), (i, j), (i - 1, j)]
-                        score = score + gpicl.MIXTURE_SCALE * sum(
-                            w * (unit(image(b, a)) @ unit(image(b, c)))
-                            for w, (a, c) in zip(attention.mixture[n], pairs))
-                    if attention.back is not None and j == i - 1:
-                        score = score + attention.back[n].item()
-                    scores.append(score)
+                    query = attention.query(x[b, i] if of_images else h[b, i])
+                    key = attention.key(before[j] if of_images else h[b, j])
+                    query, key = (v[n * width:n * width + width] for v in (query, key))
+                    scores.append(attention.log_scale[n].exp()
+                                  * (standard(query) * standard(key)).mean())
                 weights = torch.stack(scores).softmax(0)
-                heads.append(sum(w * v[j, part] for j, w in enumerate(weights)))
-                if attention.ridge is not None:
-                    heads[-1] = heads[-1] + attention.ridge[n].item() * sum(
-                        w * v[j + 1, part] for j, w in enumerate(ridge_by_loops(seen[b], i)))
-            expected = attention.out(torch.cat(heads))
-            assert torch.allclose(found[b, i], expected, atol=1e-4)
+                heads.append(sum(w * attention.value(h[b, j])[n * size:n * size + size]
+                                 for j, w in enumerate(weights)))
+            assert torch.allclose(result[b, i], attention.out(torch.cat(heads)), atol=1e-4)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+def attended(model, x, query):
+    """Return the token that layer 1 attends to most from the token `query`."""
+    attention, T = model.layers[0].mixer, x.shape[1]
+    width = attention.value.weight.shape[0]
+    with torch.no_grad():
+        attention.value.weight.copy_(torch.eye(width))
+        attention.out.weight.copy_(torch.eye(width))
+        tokens = torch.eye(T, width)[None]               # each its own coordinate
+        mixed = attention(tokens, x, gpicl.previous(x), gpicl.causal_mask(T, "cpu"))
+    return mixed[0, query, :T].argmax().item()
+
+
+def test_layer_1_starts_as_a_look_up_of_similar_images(tiny):
+    """The token that holds the label of the image most like the query's gets most attention."""
+    found = {True: 0, False: 0}
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x = torch.randn(1, 12, 32)
+        x[0, 11] = x[0, 4] + 0.3 * torch.randn(32)
+        for of_images in found:
+            model = gpicl.make_model(tiny(IMAGE_QUERIES=of_images))
+            found[of_images] += attended(model, x, 11) == 5
+    assert found[True] >= 19 and found[False] < 10
+
+
+def test_keys_start_as_queries_in_layer_1_only_and_are_not_tied(tiny, blobs):
+    model = gpicl.make_model(tiny())
+    first, second = (layer.mixer for layer in model.layers)
+    assert torch.equal(first.key.weight, first.query.weight)
+    assert not torch.equal(second.key.weight, second.query.weight)
+    train(model, blobs, tiny())
+    assert not torch.equal(first.key.weight, first.query.weight)
+
+
+def test_scales_of_the_scores_are_learnt_and_start_as_said(tiny):
+    model = gpicl.make_model(tiny(ATTENTION_SCALE=16, NUM_HEADS=4))
+    first, second = (layer.mixer.log_scale for layer in model.layers)
+    assert first.exp().tolist() == pytest.approx([8, 8 * 4**(1 / 3), 8 * 4**(2 / 3), 32])
+    assert second.exp().tolist() == pytest.approx([2, 4, 8, 16])
+    assert first.requires_grad
+
+
+# ------------------------------------------------------------------------------------- the start
+@in_every_form
 def test_untrained_is_at_chance(form, tiny, blobs):
     settings = tiny(**form)
     model = lively_model(settings)
     with torch.no_grad():
         x, y = gpicl.draw_sequences(blobs, 2000, settings, ("chance",))
-        right = (gpicl.logits_of(model, x, y, "fp32").argmax(-1) == y).float().mean(0)
+        accuracy = (gpicl.compute_logits(model, x, y, "fp32").argmax(-1) == y).float().mean(0)
     # lively, not trained: later positions could only be right by luck (10 % +- 5 std)
-    assert (right - 0.1).abs().max() < 5 * math.sqrt(0.09 / 2000)
+    assert (accuracy - 0.1).abs().max() < 5 * math.sqrt(0.09 / 2000)
     loss = torch.nn.functional.cross_entropy(
-        gpicl.InContextModel(settings)(x, y).flatten(0, 1), y.flatten())
+        gpicl.make_model(settings)(x, y).flatten(0, 1), y.flatten())
     assert loss.item() == pytest.approx(math.log(10), abs=1e-4)
 
 
-def test_scores_are_multiplied_by_the_sharpness(tiny):
-    model, seen = gpicl.InContextModel(tiny()), []
-    attention = model.layers[0].attention
-    attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
-    x = torch.randn(1, 40, 32)
-    model(x, torch.randint(10, (1, 40)))
-    h, around = seen[0]
-    factors = gpicl.sharpness(40, 1, 11, "cpu")          # trained on 11 examples before the last
-    assert torch.allclose(around.cosines, gpicl.image_cosines(x, 1) * factors)
-    torch.nn.init.eye_(attention.out.weight)
-    sharper = attention(h, around._replace(sharpness=2.0))
-    attention.log_scale.data += math.log(2)
-    assert torch.allclose(attention(h, around._replace(sharpness=1.0)), sharper, atol=1e-5)
+@pytest.mark.parametrize("std", [0.0, 1.0])
+def test_layers_start_with_outputs_of_the_std_that_is_set(std, tiny):
+    settings = tiny(OUTPUT_STD=std, MODEL_SIZE=64, MLP_SIZE=128)
+    for layer in gpicl.make_model(settings).layers:
+        for weight in (layer.mixer.out.weight, layer.down.weight):
+            assert weight.std().item() == pytest.approx(std * weight.shape[1]**-0.5, rel=0.05)
+        h, x = torch.randn(2, 5, 64), torch.randn(2, 5, 32)
+        changed = layer(h, x, x, gpicl.causal_mask(5, "cpu")) - h
+        assert (changed.abs().max() > 0.1) == (std > 0)
 
 
-def test_first_weights_are_as_said(tiny):
-    """Layers start with look-ups of sharpness 8 and 32, and only the first one with ridge."""
-    for form in (dict(), dict(COMPARE_IMAGES=False)):
-        first, later = (layer.attention for layer in gpicl.make_model(tiny(**form)).layers)
-        assert (first.ridge == 1).all() and (later.ridge == 0).all()
-        if form:
-            assert first.tied and not later.tied
-            assert first.log_scale.exp().tolist() == pytest.approx([8, 32])
-            continue
-        for layer, columns in ((first, (0, 0)), (later, (0, 1))):
-            expected = torch.zeros(2, 4)
-            expected[[0, 1], columns] = torch.tensor([8.0, 32.0])
-            assert torch.allclose(gpicl.MIXTURE_SCALE * layer.mixture, expected)
+@pytest.mark.parametrize("change", [
+    dict(IMAGE_QUERIES=False), dict(TOKEN_FORMAT="paper"), dict(MODEL_SIZE=64), dict(NUM_LAYERS=3),
+    dict(NUM_HEADS=4), dict(MLP_SIZE=32), dict(ATTENTION_SCALE=4.0), dict(OUTPUT_STD=0.5),
+    dict(PROJECTION_SIZE=20)], ids=str)
+def test_every_setting_of_the_model_matters(change, tiny, blobs):
+    losses = []
+    for settings in (tiny(), tiny(**change)):
+        torch.manual_seed(0)
+        losses.append(train(gpicl.make_model(settings), blobs, settings)[-1])
+    assert losses[0] != losses[1]
 
 
-def test_the_plain_preset_has_nothing_built_in():
-    """No cosines, no ridge, no learnt comparison of images, no tied or backward-looking start."""
-    model = gpicl.make_model(gpicl.default_settings(**gpicl.PRESETS["plain"]))
-    assert model.glance is model.positions is None
-    for layer in model.layers:
-        attention = layer.attention
-        assert attention.mixture is attention.ridge is attention.back is None
-        assert not attention.tied
+def test_bf16_is_nearly_fp32(tiny, blobs):
+    model = lively_model(tiny())
+    x, y = gpicl.draw_sequences(blobs, 8, tiny(), ("k",))
+    exact, rounded = (gpicl.compute_logits(model, x, y, precision) for precision in ("fp32", "bf16"))
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
+
+
+# ------------------------------------------------------------------------------------ other models
+def test_a_model_is_named_by_module_and_class(tiny, tmp_path, monkeypatch):
+    (tmp_path / "my_models.py").write_text(
+        "import gpicl_minimal_replication as gpicl\n\n\nclass Mine(gpicl.Transformer):\n    pass\n"
+        "\n\nclass NoModel:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = gpicl.make_model(tiny(MODEL="my_models:Mine"))
+    assert type(model).__name__ == "Mine" and isinstance(model, gpicl.Transformer)
+    for wrong in ("my_models:None", "my_models:NoModel", "my_models", "no_module:Thing", "a:b:c",
+                  "", ":", "my_models:tiny", "math:pi"):
+        with pytest.raises(gpicl.UserError, match="MODEL=.*module:Class"):
+            gpicl.make_model(tiny(MODEL=wrong))

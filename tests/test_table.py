@@ -20,7 +20,8 @@ def colour_file(tmp_path):
 
 
 def test_the_smallest_form(blobs_file, colour_file, tmp_path, capsys):
-    assert sweep.main("table", sweep_flags(blobs_file, tmp_path, CIFAR10_FILE=colour_file)) == 0
+    flags = sweep_flags(blobs_file, tmp_path, MODEL_SIZE=16, CIFAR10_FILE=colour_file)
+    assert sweep.main("table", flags) == 0
     rows = read_csv(tmp_path / "results" / "table.csv")
     assert {(row["method"], row["tested_on"], row["SEED"]) for row in rows} == {
         (method, data_set, seed) for method in (*table.METHODS, "SGD (softmax)", "Adam, online")

@@ -2,9 +2,15 @@
 
 import pytest
 import torch
-from conftest import gpicl
+from conftest import gpicl, train
 
 
+def images_and_labels(dataset, n_sequences, length, *key):
+    """Return indices of the images that draw_sequences draws for this key."""
+    return gpicl.draw_images(dataset, n_sequences, length, gpicl.random_stream("cpu", *key))
+
+
+# ----------------------------------------------------------------------------------- projections
 def test_projection_entries_have_variance_one_over_n():
     projection, _ = gpicl.draw_task(0, 5, 784, 1000, "cpu")
     assert projection.shape == (1000, 784)
@@ -20,134 +26,58 @@ def test_projection_preserves_distances_and_scale():
     assert ratio.std().item() < 0.05                     # theory: 1 / sqrt(2 * 784) = 0.025
 
 
-def test_fresh_projection_has_the_law_of_the_full_one():
-    """Over many draws, A x has covariance X X' / N per output, and outputs are independent."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(1, 5, 50, generator=generator)
-    images[0, 3] = images[0, 0]                          # the same image twice: singular Gram
-    expected = images[0] @ images[0].T / 50
-    coordinates = gpicl.span(images).expand(20000, -1, -1)
-    assert coordinates.shape[2] == 5                     # not 50
-    x = gpicl.project_afresh(coordinates, gpicl.default_settings(PROJECTION_SIZE=2), generator)
-    found = torch.einsum("bip,bjq->pqij", x, x) / len(x)
-    assert torch.allclose(found[0, 0], expected, atol=0.05)
-    assert torch.allclose(found[1, 1], expected, atol=0.05)
-    assert found[0, 1].abs().max() < 0.05
-    assert torch.allclose(x[:, 0], x[:, 3], atol=1e-2)   # equal images stay equal
-    full = torch.stack([images[0] @ gpicl.draw_task(0, i, 50, 2, "cpu")[0].T for i in range(4000)])
-    assert torch.allclose(torch.einsum("bip,bjp->ij", full, full) / 8000, expected, atol=0.08)
-
-
-def test_wide_projection_has_the_law_of_normal_numbers():
-    """What is read is normal, and the inner products vary as those of all 150 outputs do, though
-    few numbers stand for the outputs that are not read. Two sequences have nothing in common.
+@pytest.mark.parametrize("length", [5, 20, 60])
+def test_fresh_projection_has_the_law_of_a_gaussian_matrix(length):
+    """Few images or many, even more than pixels: A x has covariance X X' / N in every output, two
+    outputs are independent, and inner products vary as those of a Wishart matrix do.
     """
     generator = torch.Generator().manual_seed(0)
-    coordinates = torch.randn(1, 5, 5, generator=generator).tril().expand(20, -1, -1)
-    settings = gpicl.default_settings(PROJECTION_SIZE=150, READ_SIZE=20)
-    K = (coordinates @ coordinates.mT)[0]
-    x = torch.stack([gpicl.project_afresh(coordinates, settings, generator) for _ in range(2000)])
-    assert x.shape == (2000, 20, 5, 25) and gpicl.outputs_read(settings) == 20
-    for p, q in ((0, 0), (19, 19), (0, 1)):              # two of 20 outputs are independent
-        found = torch.einsum("abi,abj->ij", x[..., p], x[..., q]) / 40000
-        assert torch.allclose(found, K if p == q else 0 * K, atol=0.1 * K.max().item())
-    gram = (x @ x.mT / 150).flatten(0, 1)
-    variance = (K.diagonal()[:, None] * K.diagonal() + K**2) / 150       # of a Wishart matrix
-    assert torch.allclose(gram.mean(0), K, atol=0.01 * K.max().item())
-    assert torch.allclose(gram.var(0), variance, atol=0.05 * variance.max().item())
-    across = torch.einsum("aip,ajp->ij", x[:, 0, :, :20], x[:, 1, :, :20]) / 40000
-    assert across.abs().max() < 0.05 * K.max()
-    one, other = (gram.unflatten(0, (2000, 20))[:, i].flatten(1) - K.flatten() for i in (0, 1))
-    assert (one.T @ other / 2000).abs().max() < 0.1 * variance.max()
-    fourth = (x[..., 0]**4).mean((0, 1)) / (x[..., 0]**2).mean((0, 1))**2
-    assert torch.allclose(fourth, torch.full((5,), 3.0), atol=0.3)       # of a normal number
+    images = torch.randn(1, length, 50, generator=generator)
+    images[0, 3] = images[0, 0]                          # the same image twice
+    K = images[0] @ images[0].T / 50
+    x = torch.cat([gpicl.random_projection(images.expand(1000, -1, -1), 30, generator)
+                   for _ in range(8)])
+    assert x.shape == (8000, length, 30)
+    largest = K.max().item()
+    for p, q in ((0, 0), (29, 29), (0, 1)):
+        covariance = torch.einsum("bi,bj->ij", x[..., p], x[..., q]) / len(x)
+        assert torch.allclose(covariance, K if p == q else 0 * K, atol=0.08 * largest)
+    products = x @ x.mT / 30
+    variance = (K.diagonal()[:, None] * K.diagonal() + K**2) / 30
+    assert torch.allclose(products.mean(0), K, atol=0.015 * largest)
+    assert torch.allclose(products.var(0), variance, atol=0.1 * variance.max().item())
+    fourth = (x[:, 1]**4).mean() / (x[:, 1]**2).mean()**2
+    assert fourth.item() == pytest.approx(3, abs=0.1)    # of normal numbers
+    assert torch.allclose(x[:, 0], x[:, 3], atol=0.03)   # equal images stay equal
 
 
-def test_only_a_model_that_compares_images_gets_few_numbers_of_a_wide_projection(blobs, tiny):
-    for form, width in ((dict(), 64 + 40), (dict(COMPARE_IMAGES=False), 500),
-                        (dict(ARCHITECTURE="lstm"), 500), (dict(PROJECTION_SIZE=203), 203)):
-        settings = tiny(**{**dict(PROJECTION_SIZE=500), **form})
-        x, y = gpicl.draw_sequences(blobs, 2, settings, ("width",))
-        assert x.shape == (2, 12, width)
-        assert gpicl.make_model(settings)(x, y).shape == (2, 12, 10)
+@pytest.mark.parametrize("kinds", [1, 3])
+def test_images_that_repeat_can_be_projected(kinds):
+    images = torch.randn(2, kinds, 784)[:, torch.arange(100) % kinds]
+    x = gpicl.random_projection(images, 50, torch.Generator().manual_seed(0))
+    assert x.isfinite().all()
+    assert (x[:, kinds:] - x[:, :-kinds]).abs().max() < 0.05
+    assert kinds == 1 or (x[:, 1:] - x[:, :-1]).abs().max() > 0.5
 
 
-@pytest.mark.parametrize("size", [32, 200])
-def test_every_sequence_gets_a_projection_of_its_own(blobs, tiny, size):
-    coordinates = gpicl.span(blobs.x[:12].expand(2, -1, -1))
-    settings = tiny(PROJECTION_SIZE=size)
-    x = gpicl.project_afresh(coordinates, settings, torch.Generator().manual_seed(0))
-    assert not torch.allclose(x[0], x[1], atol=0.1)
-    assert not torch.allclose(x[0] @ x[0].mT, x[1] @ x[1].mT, atol=0.1)
+@pytest.mark.parametrize("pixels", [40, 400])
+def test_every_sequence_gets_a_projection_of_its_own(pixels):
+    images = torch.randn(1, 12, pixels).expand(2, -1, -1)
+    x = gpicl.random_projection(images, 32, torch.Generator().manual_seed(0))
+    assert not torch.allclose(x[0] @ x[0].mT, x[1] @ x[1].mT, atol=1)
 
 
-@pytest.mark.parametrize("length", [5, 12, 13, 40, 80])
-def test_coordinates_keep_the_inner_products(length):
-    """Few images or many, even more than there are pixels, or pixels that say nothing."""
-    images = torch.randn(2, length, 50, generator=torch.Generator().manual_seed(0))
-    images[:, :, 40:] = 0
-    coordinates = gpicl.span(images)
-    assert coordinates.shape[2] <= 50
-    assert torch.allclose(coordinates @ coordinates.mT, images @ images.mT / 50, atol=1e-4)
-
-
-def test_cholesky_of_singular_matrices_and_where_torch_has_none():
-    """One singular matrix is enough for torch to stop: then all of them are made by columns."""
-    a = torch.randn(3, 20, 40, generator=torch.Generator().manual_seed(0))
-    a[2, 10:] = a[2, :10]
-    gram = a @ a.mT
-    with pytest.raises(torch.linalg.LinAlgError):
-        torch.linalg.cholesky(gram)
-    lower = gpicl.cholesky(gram)
-    assert torch.equal(lower, lower.tril())
-    assert torch.allclose(lower @ lower.mT, gram, atol=1e-3)
-    assert torch.allclose(lower[:2], torch.linalg.cholesky(gram[:2]), atol=1e-3)
-    assert torch.equal(gpicl.cholesky(gram[:2]), torch.linalg.cholesky(gram[:2], upper=True).mT)
-    assert torch.equal(gpicl.cholesky(gram[:2].requires_grad_()), torch.linalg.cholesky(gram[:2]))
-    by, gradients = torch.randn(20, 20), []              # as the black box's ridge attention needs
-    for n in (3, 2):                                     # by columns, by torch
-        b = a.clone().requires_grad_()
-        (gpicl.cholesky(b[:n] @ b[:n].mT)[:2] * by).sum().backward()
-        gradients.append(b.grad[:2])
-    assert torch.allclose(*gradients, atol=1e-3)
-
-
-def test_a_batch_in_bf16_is_nearly_that_in_fp32(blobs, tiny):
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    (x, y), (rounded, same) = (gpicl.training_batch(blobs, 0, tiny(), precision)
-                               for precision in ("fp32", "bf16"))
-    assert torch.equal(y, same) and (rounded - x).norm() < 0.02 * x.norm()
-    assert torch.backends.mkldnn.matmul.fp32_precision == before       # for all else as it was
-
-
-def test_rho_is_a_permutation_of_the_labels(blobs, tiny):
-    settings = tiny(NUM_EXAMPLES=100)
-    for num_tasks in (0, 4):
-        _, y = gpicl.draw_sequences(blobs, 6, settings, ("k",), num_tasks)
-        chosen = gpicl.draw_images(blobs, 6, 100, gpicl.stream("cpu", "k"))
-        for labels, images in zip(y, chosen):
-            pairs = set(zip(blobs.y[images].tolist(), labels.tolist()))
-            assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}) == 10
-
-
-@pytest.mark.parametrize("num_tasks, different", [(0, 20), (4, 4), (2**20, 20)])
-def test_every_sequence_has_a_permutation_of_its_own(num_tasks, different, blobs, tiny):
-    _, y = gpicl.draw_sequences(blobs, 20, tiny(NUM_EXAMPLES=100), ("k",), num_tasks)
-    kinds = blobs.y[gpicl.draw_images(blobs, 20, 100, gpicl.stream("cpu", "k"))]
-    assert len({tuple(a[b == c][0].item() for c in range(10))
-                for a, b in zip(y, kinds)}) == different
-
-
+# ------------------------------------------------------------------------------------ fixed tasks
 def test_task_i_is_always_the_same_task(blobs, tiny):
     first, again = (gpicl.draw_task(3, 17, 40, 8, "cpu") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not torch.equal(first[0], gpicl.draw_task(3, 18, 40, 8, "cpu")[0])
     assert not torch.equal(first[0], gpicl.draw_task(4, 17, 40, 8, "cpu")[0])
-    settings, seen = tiny(NUM_EXAMPLES=30), {}           # across steps: one image, one projection
+    seen = {}                                            # across steps: one image, one projection
     for step in range(6):
         key = ("train", 0, step)
-        x, y = gpicl.draw_sequences(blobs, 20, settings, key, num_tasks=1)
-        chosen = gpicl.draw_images(blobs, 20, 30, gpicl.stream("cpu", *key))
+        x, y = gpicl.draw_sequences(blobs, 20, tiny(NUM_EXAMPLES=30), key, num_tasks=1)
+        chosen = images_and_labels(blobs, 20, 30, *key)
         for image, projected, label in zip(chosen.flatten().tolist(), x.flatten(0, 1),
                                            y.flatten().tolist()):
             former = seen.setdefault(image, (projected, label))
@@ -155,34 +85,40 @@ def test_task_i_is_always_the_same_task(blobs, tiny):
     assert len(seen) > 500                               # fresh images at every step
 
 
-def test_a_batch_is_a_pure_function_of_seed_and_step(blobs, tiny):
-    def batch(*key):
-        return gpicl.draw_sequences(blobs, 4, tiny(), key)
-    torch.manual_seed(1)
-    x, y = batch("train", 0, 7)
-    torch.manual_seed(2)
-    again_x, again_y = batch("train", 0, 7)
-    assert torch.equal(x, again_x) and torch.equal(y, again_y)
-    for other in (("train", 0, 8), ("train", 1, 7), ("meta-test", 0, 7)):
-        assert not torch.equal(x, batch(*other)[0])
+def test_fixed_tasks_are_those_of_draw_task_and_of_the_seed(blobs, tiny):
+    x, y = gpicl.draw_sequences(blobs, 1, tiny(SEED=3, NUM_EXAMPLES=100), ("k",), num_tasks=1)
+    chosen = images_and_labels(blobs, 1, 100, "k")[0]
+    projection, rho = gpicl.draw_task(3, 0, 40, 32, "cpu")
+    assert torch.allclose(x[0], blobs.x[chosen] @ projection.T, atol=1e-5)
+    assert torch.equal(y[0], rho[blobs.y[chosen]])
+    assert len({tuple(gpicl.draw_task(3, i, 40, 8, "cpu")[1].tolist()) for i in range(9)}) == 9
 
 
-def test_no_image_twice_within_a_sequence(blobs):
-    chosen = gpicl.draw_images(blobs, 50, 100, gpicl.stream("cpu", 0))
-    assert chosen.shape == (50, 100)
-    assert all(len(set(row.tolist())) == 100 for row in chosen)
+# ----------------------------------------------------------------------------------------- labels
+@pytest.mark.parametrize("num_tasks", [0, 4])
+def test_rho_is_a_permutation_of_the_labels(num_tasks, blobs, tiny):
+    _, y = gpicl.draw_sequences(blobs, 6, tiny(NUM_EXAMPLES=100), ("k",), num_tasks)
+    for labels, images in zip(y, images_and_labels(blobs, 6, 100, "k")):
+        pairs = set(zip(blobs.y[images].tolist(), labels.tolist()))
+        assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}) == 10
+
+
+@pytest.mark.parametrize("num_tasks, different", [(0, 20), (4, 4), (2**20, 20)])
+def test_sequences_have_as_many_permutations_as_there_are_tasks(num_tasks, different, blobs, tiny):
+    _, y = gpicl.draw_sequences(blobs, 20, tiny(NUM_EXAMPLES=100), ("k",), num_tasks)
+    classes = blobs.y[images_and_labels(blobs, 20, 100, "k")]
+    assert len({tuple(a[b == c][0].item() for c in range(10))
+                for a, b in zip(y, classes)}) == different
 
 
 @pytest.mark.parametrize("num_tasks", [0, 64])
-def test_biased_fraction_shares_one_permutation(num_tasks, blobs, tiny):
-    settings = tiny(NUM_EXAMPLES=50)
-    _, y = gpicl.draw_sequences(blobs, 10, settings, ("k",), num_tasks, biased=0.9)
-    chosen = gpicl.draw_images(blobs, 10, 50, gpicl.stream("cpu", "k"))
-    same = (y == blobs.y[chosen]).all(1)
+def test_the_biased_share_has_one_permutation(num_tasks, blobs, tiny):
+    _, y = gpicl.draw_sequences(blobs, 10, tiny(NUM_EXAMPLES=50), ("k",), num_tasks, biased=0.9)
+    same = (y == blobs.y[images_and_labels(blobs, 10, 50, "k")]).all(1)
     assert same[:9].all() and not same[9]
 
 
-def test_merged_tasks_have_fewer_classes_the_others_keep_theirs(blobs, tiny):
+def test_the_merged_share_has_fewer_classes_the_others_keep_theirs(blobs, tiny):
     """What two examples of one class share, they share after merging; nothing else has changed."""
     settings = tiny(NUM_EXAMPLES=100)
     x, plain = gpicl.draw_sequences(blobs, 200, settings, ("k",))
@@ -195,33 +131,59 @@ def test_merged_tasks_have_fewer_classes_the_others_keep_theirs(blobs, tiny):
     assert len({tuple(row.unique().tolist()) for row in merged[50:]}) > 100      # any labels
 
 
-@pytest.mark.parametrize("num_tasks", [0, 4])
-def test_tests_are_neither_biased_nor_merged(num_tasks, blobs, tiny):
-    (x, y), (same_x, same_y) = (
-        next(gpicl.evaluation_batches(blobs, 8, tiny(**more), num_tasks))
-        for more in (dict(), dict(BIASED_FRACTION=1.0, MERGED_FRACTION=1.0)))
-    assert torch.equal(x, same_x) and torch.equal(y, same_y)
-    every = next(gpicl.evaluation_batches(blobs, 8, tiny(NUM_EXAMPLES=100), num_tasks))[1]
-    assert all(len(row.unique()) == 10 for row in every)                 # tests keep ten
-
-
-def test_fixed_tasks_are_those_of_draw_task_and_of_the_seed(blobs, tiny):
-    x, y = gpicl.draw_sequences(blobs, 1, tiny(SEED=3, NUM_EXAMPLES=100), ("k",), num_tasks=1)
-    chosen = gpicl.draw_images(blobs, 1, 100, gpicl.stream("cpu", "k"))[0]
-    projection, rho = gpicl.draw_task(3, 0, 40, 32, "cpu")
-    assert torch.allclose(x[0], blobs.x[chosen] @ projection.T, atol=1e-5)
-    assert torch.equal(y[0], rho[blobs.y[chosen]])
-    assert len({tuple(gpicl.draw_task(3, i, 40, 8, "cpu")[1].tolist()) for i in range(9)}) == 9
+# ----------------------------------------------------------------------------------------- images
+def test_no_image_twice_within_a_sequence(blobs):
+    chosen = gpicl.draw_images(blobs, 50, 100, gpicl.random_stream("cpu", 0))
+    assert chosen.shape == (50, 100)
+    assert all(len(set(row.tolist())) == 100 for row in chosen)
 
 
 def test_every_image_has_its_turn(blobs):
     few = blobs._replace(y=blobs.y[:23])
-    assert len(gpicl.draw_images(few, 100, 12, gpicl.stream("cpu", 0)).unique()) == 23
+    assert len(gpicl.draw_images(few, 100, 12, gpicl.random_stream("cpu", 0)).unique()) == 23
 
 
-def test_a_training_batch_follows_seed_tasks_and_biased_fraction(blobs, tiny):
+# ---------------------------------------------------------------------------------------- batches
+def test_a_batch_is_a_pure_function_of_its_key(blobs, tiny):
+    def batch(*key):
+        return gpicl.draw_sequences(blobs, 4, tiny(), key)
+    torch.manual_seed(1)
+    x, y = batch("train", 0, 7)
+    torch.manual_seed(2)
+    again_x, again_y = batch("train", 0, 7)
+    assert torch.equal(x, again_x) and torch.equal(y, again_y)
+    for other in (("train", 0, 8), ("train", 1, 7), ("meta-test", 0, 7)):
+        assert not torch.equal(x, batch(*other)[0])
+
+
+def training_batches(settings, dataset, monkeypatch):
+    """Return the batches (x, y) that training on a data set learns from."""
+    batches = []
+    with monkeypatch.context() as patch:
+        patch.setattr(gpicl, "train_step", lambda model, optimizers, x, y, *_: batches.append(
+            (x, y)) or 0.0)
+        train(gpicl.make_model(settings), dataset, settings)
+    return batches
+
+
+def test_every_step_has_a_batch_of_its_own(blobs, tiny, monkeypatch):
+    batches = training_batches(tiny(), blobs, monkeypatch)
+    assert len(batches) == 6 and all(x.shape == (8, 12, 32) for x, _ in batches)
+    assert len({x.sum().item() for x, _ in batches}) == 6
+
+
+def test_training_follows_seed_tasks_and_shares(blobs, tiny, monkeypatch):
+    x, y = training_batches(tiny(), blobs, monkeypatch)[0]
     for change in (dict(SEED=1), dict(NUM_TASKS=4), dict(BIASED_FRACTION=0.5),
                    dict(MERGED_FRACTION=0.6)):
-        (x, y), (other_x, other_y) = (gpicl.training_batch(blobs, 0, s, "fp32")
-                                      for s in (tiny(), tiny(**change)))
+        other_x, other_y = training_batches(tiny(**change), blobs, monkeypatch)[0]
         assert not (torch.equal(x, other_x) and torch.equal(y, other_y)), change
+
+
+@pytest.mark.parametrize("num_tasks", [0, 4])
+def test_meta_test_is_neither_biased_nor_merged(num_tasks, blobs, tiny):
+    (x, y), (same_x, same_y) = (
+        next(gpicl.meta_test_batches(blobs, 8, tiny(NUM_EXAMPLES=100, **more), num_tasks))
+        for more in (dict(), dict(BIASED_FRACTION=1.0, MERGED_FRACTION=1.0)))
+    assert torch.equal(x, same_x) and torch.equal(y, same_y)
+    assert all(len(row.unique()) == 10 for row in y)
