@@ -89,7 +89,7 @@ OUTPUT_STD = 0.0             # weights that write to the stream start with std t
 
 # Meta-training
 BATCH_SIZE = 32              # sequences per step
-STEPS = 1000                 # updates in all
+STEPS = 750                  # updates in all
 LEARNING_RATE = 2e-3         # peak rate
 WARMUP_STEPS = 50            # rate rises from zero over so many steps
 DECAY_FRACTION = 0.4         # rate falls linearly to zero over the last so much of the steps
@@ -106,7 +106,7 @@ EVAL_SEED = 0                # of these sequences; they do not depend on SEED
 
 PRESETS = {
     "default": {},
-    "quick": dict(STEPS=400, LOG_EVERY=100),
+    "quick": dict(STEPS=250, LOG_EVERY=100),
     "plain": dict(MODEL="experiments.muon:MuonTransformer", IMAGE_QUERIES=False, STEPS=1500,
                   LEARNING_RATE=3e-3, PROJECTION_SIZE=384, MODEL_SIZE=512, NUM_LAYERS=3,
                   MLP_SIZE=1024, MERGED_FRACTION=0.0),   # nothing starts as a comparison of images
@@ -294,7 +294,7 @@ class Transformer(nn.Module):
         width = size // 2 if self.pairs else size        # two images share the stream
         self.embed_image = nn.Linear(settings.PROJECTION_SIZE, width, bias=False)
         self.embed_label = nn.Linear(C, size, bias=False)
-        nn.init.normal_(self.embed_image.weight, std=1 / 8)
+        nn.init.normal_(self.embed_image.weight, std=settings.PROJECTION_SIZE**-0.5)
         nn.init.normal_(self.embed_label.weight, std=3 * C**-0.5)
         if not self.pairs:
             self.positions = nn.Parameter(0.02 * torch.randn(settings.NUM_EXAMPLES, size))
@@ -313,12 +313,11 @@ class Transformer(nn.Module):
         (B, T, P) and (B, T, C), of which row i of mask (T, T) says which i may look at.
         """
         h = self.embed_label(y_before)
-        scale = 8 * x.shape[-1]**-0.5                    # of inputs, not of weights: suits Adam
         if self.pairs:
-            h = h + torch.cat([self.embed_image(scale * x), self.embed_image(scale * x_before)], -1)
+            h = h + torch.cat([self.embed_image(x), self.embed_image(x_before)], -1)
         else:
             examples_before = ((mask == 0).sum(-1) - 1).clamp(max=len(self.positions) - 1)
-            h = h + self.embed_image(scale * x) + self.positions[examples_before]
+            h = h + self.embed_image(x) + self.positions[examples_before]
         for layer in self.layers:
             h = layer(h, x, x_before, mask, cache)
         return self.head(norm(h))

@@ -13,9 +13,8 @@ An experiment is a module experiments/NAME.py, run as `python -m experiments.NAM
 and ends in `if __name__ == "__main__": sys.exit(sweep.main(NAME, sys.argv[1:]))`. `data` is
 (training, validation, {name: test Dataset}). A row of the .csv is the run's cell, its SEED and one
 of its rows: settings have CAPITALS as names, what was measured has small letters.
-Flags are the constants below, one-line constants with a comment that stand at the top of the
-experiment's module, before its first def or class (as WAYS = 5  # ...), and the main file's
-settings. A flag fixes a setting for all runs, also one in which they would differ.
+Flags are the constants below, the experiment's own (of one line, with a comment, before its first
+def or class), and the main file's settings. A flag fixes a setting for all runs.
 """
 
 import contextlib
@@ -87,6 +86,7 @@ def one_run(job):
     """Make one run of an experiment, in any process; return what is to be kept of it."""
     name, values, run = job
     torch.set_num_threads(1)                             # their number decides how sums are rounded
+    gpicl.keep_freed_memory()
     began, settings = time.time(), SimpleNamespace(**values)
     device, precision = gpicl.choose_device(settings.DEVICE, settings.PRECISION)
     data = read_data(device, tuple(values[key] for key in DATA_SETTINGS))

@@ -215,8 +215,10 @@ def test_same_seed_same_result_and_a_finished_run_is_not_repeated(
 def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_keeps_the_checkpoint(
         tiny_flags, run_folder, fails, monkeypatch):
     train_step = gpicl.train_step
-    monkeypatch.setattr(gpicl, "train_step", lambda model, optimizers, x, y, step, *rest: train_step(
-        model, optimizers, x * (np.nan if step == 4 else 1), y, step, *rest))
+
+    def poisoned(model, optimizers, x, y, step, *rest):
+        return train_step(model, optimizers, x * (np.nan if step == 4 else 1), y, step, *rest)
+    monkeypatch.setattr(gpicl, "train_step", poisoned)
     assert "not finite at step 5" in fails(tiny_flags(CHECKPOINT_SECONDS=0))
     saved = gpicl.load_checkpoint(run_folder() / "checkpoint.pt")
     assert saved["progress"]["step"] == 4
