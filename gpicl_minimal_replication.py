@@ -9,9 +9,8 @@ a gradient step, on tasks and on whole data sets that it has never seen.
 
     python gpicl_minimal_replication.py                    meta-train on MNIST, test, plot
     python gpicl_minimal_replication.py quick              another preset (see PRESETS)
-    python gpicl_minimal_replication.py --STEPS=2**10      any setting, by its own name
+    python gpicl_minimal_replication.py --STEPS=2**10      any setting (--help lists them)
     python gpicl_minimal_replication.py evaluate           test a trained model on any data
-    python gpicl_minimal_replication.py --help             this text and all settings
 
 EXPECTED_OUTPUT
 
@@ -45,6 +44,9 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+
+if __name__ == "__main__":                               # Ctrl-C while torch is being imported
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(print("Stopped; run it again.") or 130))
 
 import numpy as np
 import torch
@@ -87,7 +89,7 @@ MLP_SIZE = 512               # hidden units of each MLP
 ATTENTION_SCALE = 2.0        # first scale of the last head's scores (of the first head's: 2)
 OUTPUT_STD = 0.0             # weights that write to the stream start with std this / sqrt(inputs)
 
-# Meta-training
+# Meta-training and meta-test
 BATCH_SIZE = 32              # sequences per step
 STEPS = 750                  # updates in all
 LEARNING_RATE = 2e-3         # peak rate
@@ -99,8 +101,6 @@ GRADIENT_CLIP = 1.0          # largest norm of the gradient
 LOG_EVERY = 250              # steps between two rows of the progress table
 VALIDATION_SEQUENCES = 512   # behind one such row
 CHECKPOINT_SECONDS = 30.0    # between two checkpoints
-
-# Meta-test
 EVAL_SEQUENCES = 4096        # meta-test sequences per data set
 EVAL_SEED = 0                # of these sequences; they do not depend on SEED
 
@@ -588,7 +588,6 @@ def torchvision_arrays(name, train, folder):
 def idx_array(folder, stem):
     """Return the array of a file in MNIST's format, gzip-compressed or not."""
     path = folder / stem if (folder / stem).exists() else folder / f"{stem}.gz"
-    # Named, not replaced: stand-ins are for data that is absent, not for what is damaged.
     remedy = f"get it afresh, or delete {folder} to have all of its files downloaded again."
     require(path.exists(), f"{folder} has no {stem}.gz (is it there by another name?); {remedy}")
     try:
@@ -844,7 +843,7 @@ def choose_device(wanted, precision="auto"):
                      cpu=True)
     require(available.get(wanted, True), f"DEVICE={wanted} is not available here; use auto.")
     kind = next(kind for kind, there in available.items() if there and wanted in ("auto", kind))
-    fast = False                                         # whether it multiplies bf16
+    fast = False
     if kind == "cuda":                                   # torchrun: one device per process
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         fast = torch.cuda.get_device_capability() >= (8, 0)
@@ -923,14 +922,13 @@ def result_table(results):
 
     for name, entry in results["data_sets"].items():
         for learner, curve in entry["curves"].items():
-            if learner != "in-context":
-                add_row(f"  {learner}", curve["examples"], curve["accuracy"])
-                continue
-            half = (np.array(curve["high"]) - curve["low"]) / 2
-            add_row(f"{name}: in-context", curve["examples"], curve["accuracy"])
-            add_row("  95 % interval, ±", curve["examples"], half)
-            greppable.append(f"{name.replace(' ', '-')}@{lengths[-1]}: "
-                             f"{100 * curve['accuracy'][-1]:.1f} ± {100 * half[-1]:.1f}")
+            prefix = f"{name}: " if learner == "in-context" else "  "
+            add_row(prefix + learner, curve["examples"], curve["accuracy"])
+            if learner == "in-context":
+                half = (np.array(curve["high"]) - curve["low"]) / 2
+                add_row("  95 % interval, ±", curve["examples"], half)
+                greppable.append(f"{name.replace(' ', '-')}@{lengths[-1]}: "
+                                 f"{100 * curve['accuracy'][-1]:.1f} ± {100 * half[-1]:.1f}")
         add_row("  chance", lengths, len(lengths) * [1 / entry["classes"]])
         if entry["paper"]:
             add_row("  the paper's Transformer", [99], [entry["paper"] / 100])

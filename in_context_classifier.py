@@ -64,11 +64,10 @@ class InContextClassifier(ClassifierMixin, BaseEstimator):
                             f"most {C}. OneVsRestClassifier(InContextClassifier()) takes more.")
         self.network_ = (self.model if isinstance(self.model, torch.nn.Module) else
                          gpicl.load_model(Path(self.model or WEIGHTS))[0])
-        if not hasattr(self.network_, "predict"):
-            raise UserError(f"{type(self.network_).__name__} cannot answer many queries after one "
-                            "context; use a MODEL with attention.")
-        if not all(weight.isfinite().all() for weight in self.network_.parameters()):
-            raise UserError("the model has weights that are NaN or infinite; train it again.")
+        gpicl.require(hasattr(self.network_, "predict"), f"{type(self.network_).__name__} can't "
+                      "answer many queries after one context; use a MODEL with attention.")
+        gpicl.require(all(weight.isfinite().all() for weight in self.network_.parameters()),
+                      "the model has weights that are NaN or infinite; train it again.")
         self.slots_ = torch.as_tensor(first.argsort().argsort())         # in order of appearance:
         self.labels_ = self.slots_[numbers]              # other names change nothing but names
         self.scale_ = choose_scale(self.scaling, x, numbers, is_image=len(self.shape_) > 1)
@@ -225,14 +224,15 @@ def classify(arguments):
     label = options.label_column or train.columns[-1]
     features = [name for name in train if name != label]
     test = read_table(options.test, needed=features)
-    if not features or train.empty or test.empty:
-        raise UserError("expected rows in both files, and features beside the labels.")
+    gpicl.require(features and len(train) and len(test),
+                  "expected rows in both files, and features beside the labels.")
+    gpicl.require(str(options.predictions) not in (options.train, options.test),
+                  "--predictions would replace one of the two files; give another name.")
     words = train[label].convert_dtypes().astype("string")               # 1 and 1.0 are the same
     classifier = InContextClassifier().fit(train[features], words)
     print(f"Model        {WEIGHTS}\nLabels       the column {label} of {options.train}: "
           f"{', '.join(classifier.classes_)}\nExamples     {len(train)}, {len(features)} features")
     with gpicl.atomic_write(options.predictions) as temporary:
-        temporary.touch()                                # it fails at once, if it does
         probabilities = classifier.predict_proba(test[features])
         predicted = classifier.classes_[probabilities.argmax(1)]
         table = pd.DataFrame(probabilities, columns=[f"p({name})" for name in classifier.classes_])

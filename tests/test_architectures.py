@@ -120,7 +120,7 @@ def test_the_outer_product_lstm_starts_as_nearest_centroid(heads, tiny, blobs):
     assert correct[:, 0].float().mean() < 0.3
 
 
-# ------------------------------------------------------------------------------------ gated DeltaNet
+# ----------------------------------------------------------------------------------- gated DeltaNet
 @pytest.mark.parametrize("chunk", [1, 4, 32, 50])
 def test_delta_rule_in_chunks_equals_the_recurrence(chunk):
     q, k, v = (torch.randn(2, 3, 37, 8, dtype=torch.float64, requires_grad=True)

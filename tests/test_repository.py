@@ -32,7 +32,7 @@ def test_the_main_file_runs_alone_in_an_empty_folder(tmp_path, blobs_file):
         text, edits = re.subn(f"^{name} = \\S+", line, text, count=1, flags=re.MULTILINE)
         assert edits == 1
     (folder / SCRIPT.name).write_text(text)
-    environment = {**os.environ, "MPLBACKEND": "module://no_such_module.backend_inline"}
+    environment = {**os.environ, "MPLBACKEND": "no_such_backend"}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
         [sys.executable, SCRIPT.name, f"--TRAIN_DATASET={blobs_file}",
