@@ -91,7 +91,7 @@ OUTPUT_STD = 0.0             # weights that write to the stream start with std t
 
 # Meta-training and meta-test
 BATCH_SIZE = 32              # sequences per step
-STEPS = 750                  # updates in all
+STEPS = 1000                 # updates in all
 LEARNING_RATE = 2e-3         # peak rate
 WARMUP_STEPS = 50            # rate rises from zero over so many steps
 DECAY_FRACTION = 0.4         # rate falls linearly to zero over the last so much of the steps
@@ -118,7 +118,6 @@ PRESETS = {
 }
 
 C = 10                                                   # classes that the model tells apart
-IMAGE_KEY_SIZE = 256                                     # numbers of an image query, per head
 
 
 # ---------------------------------------------------------------------------------------- tasks
@@ -222,25 +221,26 @@ class Attention(nn.Module):
     """Causal multi-head attention with normalised queries and keys and a learnt scale per head.
 
     With IMAGE_QUERIES, layer 1 computes queries from x_i and keys from x_i-1, the image whose label
-    the token holds, instead of from the residual stream, whose few numbers would blur them. W_K
-    starts as a copy of W_Q: attention starts as a look-up of similar images. Both are learnt.
+    the token holds, instead of from the residual stream, whose few numbers would blur them. Its
+    heads share them, and differ in their scales and values. W_K starts as a copy of the orthogonal
+    W_Q: attention starts as a look-up of similar images. Both are learnt.
     """
 
     def __init__(self, settings, first):
         super().__init__()
         size, self.heads = settings.MODEL_SIZE, settings.NUM_HEADS
         self.of_images = first and settings.IMAGE_QUERIES
-        inputs, outputs, scales = size, size, (2, settings.ATTENTION_SCALE)
+        inputs, scales = size, (2, settings.ATTENTION_SCALE)
         if self.of_images:
-            inputs, outputs, scales = settings.PROJECTION_SIZE, self.heads * IMAGE_KEY_SIZE, (8, 32)
-        self.query = nn.Linear(inputs, outputs, bias=False)
-        self.key = nn.Linear(inputs, outputs, bias=False)
+            inputs, scales = settings.PROJECTION_SIZE, (8, 32)
+        self.query = nn.Linear(inputs, inputs, bias=False)
+        self.key = nn.Linear(inputs, inputs, bias=False)
         self.value = nn.Linear(size, size, bias=False)
         self.out = nn.Linear(size, size, bias=False)
         nn.init.normal_(self.out.weight, std=settings.OUTPUT_STD * size**-0.5)
         self.log_scale = nn.Parameter(torch.linspace(*map(math.log, scales), self.heads))
-        if self.of_images:
-            nn.init.normal_(self.query.weight)           # large beside Adam's steps: they are slow
+        if self.of_images:                               # large weights: Adam's steps are small
+            nn.init.orthogonal_(self.query.weight, gain=inputs**0.5)
             self.key.load_state_dict(self.query.state_dict())
 
     def forward(self, h, x, x_before, mask, cache=None):
@@ -248,19 +248,19 @@ class Attention(nn.Module):
 
         `cache` may put the keys and values of earlier tokens before these; mask is then wider.
         """
-        q, k = (x, x_before) if self.of_images else (h, h)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, numbers)
-                   for part in (self.query(q), self.key(k), self.value(h)))
-        k = norm(k).to(v.dtype)
+        q, k, heads = (x, x_before, 1) if self.of_images else (h, h, self.heads)
+        q, k = (norm(part.unflatten(-1, (heads, -1))).transpose(1, 2)    # (B, H or 1, T, numbers)
+                for part in (self.query(q), self.key(k)))
+        v = self.value(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         if cache is not None:
             k, v = cache(self, k, v)
-        scale = (self.log_scale.exp() / q.shape[-1])[:, None, None]      # q k' / size: a cosine
-        weights = self.scores((norm(q) * scale).to(v.dtype), k, mask).softmax(-1).to(v.dtype)
+        weights = self.scores(q.to(v.dtype), k.to(v.dtype), mask).softmax(-1).to(v.dtype)
         return self.out((weights @ v).transpose(1, 2).flatten(2))
 
     def scores(self, q, k, mask):
-        """Return (B, H, T, T). Written out: fused kernels have slow gradients on CPUs."""
-        return q @ k.mT + mask
+        """Return (B, H, T, T): cosines, scaled. Fused kernels have slow gradients on CPUs."""
+        scale = self.log_scale.exp() / q.shape[-1]
+        return scale[:, None, None] * (q @ k.mT) + mask
 
 
 class Block(nn.Module):

@@ -394,7 +394,6 @@ def test_broken_and_foreign_checkpoints(tiny_flags, run_folder, tmp_path, fails,
 def test_a_checkpoint_of_a_model_that_was_edited_since_is_one_sentence(
         tiny_flags, run_folder, fails, monkeypatch):
     assert gpicl.main(tiny_flags()) == 0
-    monkeypatch.setattr(gpicl, "IMAGE_KEY_SIZE", 16)
     fails(["evaluate", f"--CHECKPOINT={run_folder()}/model.pt", "--DEVICE=cpu"])
 
 

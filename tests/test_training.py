@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -183,12 +184,23 @@ def test_a_signal_from_outside_stops_the_process(tiny_flags, run_folder, tmp_pat
     assert gpicl.load_checkpoint(run_folder() / "checkpoint.pt")["progress"]["step"] >= 3
 
 
-@pytest.mark.parametrize("place", ["baseline_labels", "plot"])
+def test_ctrl_c_while_torch_is_imported_is_no_traceback(tiny_flags):
+    process = subprocess.Popen([sys.executable, SCRIPT, *tiny_flags(STEPS=10**6)], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(0.7)                                      # later than that it is trained
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == "" and "Stopped" in output
+
+
+@pytest.mark.parametrize("place, number", [
+    ("baseline_labels", signal.SIGINT), ("baseline_labels", signal.SIGTERM),
+    ("plot", signal.SIGINT)])
 def test_a_stop_in_the_test_goes_on_with_the_test(
-        place, tiny_flags, tmp_path, run_folder, monkeypatch):
+        place, number, tiny_flags, tmp_path, run_folder, monkeypatch):
     assert gpicl.main(tiny_flags(OUT_DIR=tmp_path / "whole")) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(gpicl, place, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(gpicl, place, lambda *_: os.kill(os.getpid(), number))
         assert gpicl.main(tiny_flags()) == 130
     monkeypatch.setattr(gpicl, "train_step", lambda *_: pytest.fail("it trains again"))
     assert gpicl.main(tiny_flags()) == 0
