@@ -16,7 +16,7 @@ from torch import nn
 import gpicl_minimal_replication as gpicl
 from experiments import recurrent, sweep
 from experiments.figures import distinct, mean_interval, rank_correlation, select
-from experiments.muon import WithMuon
+from experiments.muon import MuonTransformer, WithMuon
 from gpicl_minimal_replication import C
 
 
@@ -181,7 +181,8 @@ SETTINGS = dict(
     NUM_LAYERS=2, MLP_SIZE=128, ATTENTION_SCALE=16.0, OUTPUT_STD=1.0,
     STEPS=1000, LEARNING_RATE=3e-3, DECAY_FRACTION=0.3, EVAL_SEQUENCES=1024)
 OWN = "experiments.architectures:"
-LABELS = {"experiments.muon:MuonTransformer": "Transformer", f"{OWN}DeltaNetModel": "gated DeltaNet",
+LABELS = {"experiments.muon:MuonTransformer": "Transformer",
+          f"{OWN}DeltaNetModel": "gated DeltaNet",
           f"{OWN}LSTMModel": "LSTM", f"{OWN}OuterProductLSTMModel": "outer-product LSTM",
           f"{OWN}SmallVSML": "VSML", f"{OWN}VSML": "VSML",
           f"{OWN}VSMLAsymmetric": "VSML, not symmetric"}
@@ -203,7 +204,7 @@ def state_size(model, settings):
         pairs = D * D if isinstance(model, VSMLAsymmetric) else settings.PROJECTION_SIZE * C
         return 2 * model.cell_size * pairs
     return settings.NUM_LAYERS * {                       # a Transformer's are its keys and values
-        gpicl.Transformer: 2 * settings.NUM_EXAMPLES * D, DeltaNetModel: D * width,
+        MuonTransformer: 2 * settings.NUM_EXAMPLES * D, DeltaNetModel: D * width,
         LSTMModel: 2 * D, OuterProductLSTMModel: D * width + D}[type(model)]
 
 

@@ -113,7 +113,8 @@ class GatedDeltaNet(nn.Module):
         self.qkv = nn.Linear(self.size, 3 * self.size, bias=False)
         self.gates = nn.Linear(self.size, 2 * self.heads)
         nn.init.constant_(self.gates.bias[self.heads:], 5.0)             # at first it remembers
-        self.out = gpicl.residual_output(self.size, self.size, settings)
+        self.out = nn.Linear(self.size, self.size, bias=False)
+        nn.init.normal_(self.out.weight, std=settings.OUTPUT_STD * self.size**-0.5)
 
     def forward(self, h, *surroundings):
         B, T, D = h.shape

@@ -13,8 +13,8 @@ An experiment is a module experiments/NAME.py, run as `python -m experiments.NAM
 and ends in `if __name__ == "__main__": sys.exit(sweep.main(NAME, sys.argv[1:]))`. `data` is
 (training, validation, {name: test Dataset}). A row of the .csv is the run's cell, its SEED and one
 of its rows: settings have CAPITALS as names, what was measured has small letters.
-Flags are the constants below, the experiment's own (of one line, with a comment, before its first
-def or class), and the main file's settings. A flag fixes a setting for all runs.
+Flags are the constants below, the experiment's own (of one line with a comment, before functions
+and classes), and the main file's settings. A flag fixes a setting for all runs.
 """
 
 import contextlib
@@ -76,10 +76,7 @@ def read_data(device, values):
     settings = gpicl.default_settings(**dict(zip(DATA_SETTINGS, values)), NUM_TASKS=0)
     training, validation, source = gpicl.load_training(settings, device)
     tests = gpicl.load_tests(source, settings, device)
-    tests = {name: dataset for name, (dataset, _) in tests.items()}
-    if source in tests:                                  # of a file called as another data set
-        training = training._replace(name=source)
-    return training, validation, tests
+    return training, validation, {name: dataset for name, (dataset, _) in tests.items()}
 
 
 def one_run(job):
@@ -164,10 +161,11 @@ def make_runs(name, settings, runs, folder, log):
 def read_settings(experiment, arguments):
     """Return (settings, names of those that flags set) of a command line."""
     own = {key: value for module in (sys.modules[__name__], experiment)
-           for key, value in vars(module).items() if key in gpicl.setting_lines(module.__file__)}
+           for key, value in vars(module).items()
+           if " # " in gpicl.setting_lines(module.__file__).get(key, "")}
     defaults = {**vars(gpicl.default_settings(**experiment.SETTINGS)), **own}
     known = {key: value for key, value in defaults.items() if key not in UNREAD}
-    _, flags = gpicl.read_flags(arguments, known)
+    flags = gpicl.read_flags(arguments, known)[1]
     settings = SimpleNamespace(**{**defaults, **flags})
     gpicl.check_settings(settings)
     return settings, {*flags}
@@ -176,7 +174,7 @@ def read_settings(experiment, arguments):
 def help_text(experiment):
     """Return what an experiment does, and its settings: its own and those of all experiments."""
     lines = [line for module in (experiment, sys.modules[__name__])
-             for line in gpicl.setting_lines(module.__file__).values()]
+             for line in gpicl.setting_lines(module.__file__).values() if " # " in line]
     return "\n".join([experiment.__doc__, "Flags are --NAME=value of these and of the main file's "
                       "settings (python gpicl_minimal_replication.py --help):", "", *lines])
 

@@ -394,6 +394,13 @@ def test_broken_and_foreign_checkpoints(tiny_flags, run_folder, tmp_path, fails,
 def test_a_checkpoint_of_a_model_that_was_edited_since_is_one_sentence(
         tiny_flags, run_folder, fails, monkeypatch):
     assert gpicl.main(tiny_flags()) == 0
+    make_model = gpicl.make_model
+
+    def edited(settings):
+        model = make_model(settings)
+        model.one_more_layer = torch.nn.Linear(2, 2)
+        return model
+    monkeypatch.setattr(gpicl, "make_model", edited)
     fails(["evaluate", f"--CHECKPOINT={run_folder()}/model.pt", "--DEVICE=cpu"])
 
 

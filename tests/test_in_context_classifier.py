@@ -374,7 +374,7 @@ def test_bad_use_is_refused(model, tmp_path):
                          ((1, 2, 2), "X has 1 features"), ((4,), "X has 4 features")):
         with pytest.raises(ValueError, match=words):
             fitted.predict(images.reshape(-1, *shape))
-    with pytest.raises(gpicl.UserError, match="Linear cannot answer many queries"):
+    with pytest.raises(gpicl.UserError, match="Linear can't answer many queries"):
         InContextClassifier(torch.nn.Linear(6, 3)).fit(X, y)
 
 
