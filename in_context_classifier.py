@@ -81,7 +81,6 @@ class InContextClassifier(ClassifierMixin, BaseEstimator):
         return self.classes_[probabilities.argmax(1)]
 
     def predict_log_proba(self, X):
-        """Return (q, classes): the logarithms of predict_proba."""
         return np.log(self.predict_proba(X))
 
     @torch.no_grad()
@@ -164,7 +163,7 @@ def as_rows(classifier, X, new):
 
 def choose_scale(scaling, x, numbers, is_image):
     """Return the mean and scale of a kind of scaling. "auto": "shared" for images, else "centred"
-    or "columns", whichever puts more examples (of 2,000) next to one of their class."""
+    or, always where stds differ tenfold, "columns", whichever puts more next to their class."""
     mean, std, some = x.mean(0), x.std(0, correction=0), slice(None, None, 1 + len(x) // 2000)
     scales = dict(shared=(x.mean(), x.std(correction=0)), columns=(mean, std),
                   centred=(mean, std.square().mean().sqrt()))
@@ -176,7 +175,8 @@ def choose_scale(scaling, x, numbers, is_image):
         neighbours.fit(scaled(x[some], *scales[kind]), numbers[some])
         return neighbours.score(None, numbers[some])     # each example by the others
 
-    kinds = ["shared"] if is_image else ["centred", "columns"]
+    uneven = std.max() > 10 * std[std > 0].median()      # False where all columns are constant
+    kinds = ["shared"] if is_image else ["columns"] if uneven else ["centred", "columns"]
     return scales[max(kinds, key=agreement) if scaling == "auto" else scaling]
 
 
