@@ -9,7 +9,7 @@ a gradient step, on tasks and on whole data sets that it has never seen.
 
     python gpicl_minimal_replication.py                    meta-train on MNIST, test, plot
     python gpicl_minimal_replication.py quick              another preset (see PRESETS)
-    python gpicl_minimal_replication.py --STEPS=2**10      any setting (--help lists them)
+    python gpicl_minimal_replication.py --STEPS=500        any setting (--help lists them)
     python gpicl_minimal_replication.py evaluate           test a trained model on any data
 
 Expected: 4 minutes on two CPU cores with bf16 units, 7 without; it ends with (± 95 % intervals)
@@ -73,11 +73,11 @@ IMAGE_SIZE = 28              # images are resized to this height and width (pape
 VALIDATION_IMAGES = 5000     # last training images, never trained on (of few, a quarter)
 
 # Tasks
-NUM_TASKS = 0                # so many fixed tasks, as 2**16; 0: a fresh task for every sequence
+NUM_TASKS = 0                # number of fixed tasks; 0: a fresh task for every sequence
 NUM_EXAMPLES = 100           # examples in a sequence: the last is predicted after 99
-PROJECTION_SIZE = 784        # numbers that the random projection turns an image into
+PROJECTION_SIZE = 784        # length of a projected image A x
 BIASED_FRACTION = 0.0        # share of each batch with one fixed label permutation
-MERGED_FRACTION = 0.2        # share of each batch with classes merged into 2 to 9 (fresh tasks)
+MERGED_FRACTION = 0.2        # with fresh tasks: share with classes merged into at most 2 to 9
 
 # Model
 MODEL = "transformer"        # or the class of another model, as module:Class
@@ -87,20 +87,20 @@ MODEL_SIZE = 128             # width of the residual stream
 NUM_LAYERS = 6               # each is attention, then an MLP
 NUM_HEADS = 4                # attention heads per layer
 MLP_SIZE = 512               # hidden units of each MLP
-ATTENTION_SCALE = 2.0        # first scale of the last head's scores (of the first head's: 2)
-OUTPUT_STD = 0.0             # weights that write to the stream start with std this / sqrt(inputs)
+ATTENTION_SCALE = 2.0        # heads start with scales from 2 to this (of images: 8 to 32)
+OUTPUT_STD = 0.0             # what writes to the stream starts with this std / sqrt(inputs)
 
 # Meta-training and meta-test
 BATCH_SIZE = 32              # sequences per step
 STEPS = 1000                 # updates in all
 LEARNING_RATE = 2e-3         # peak rate
-WARMUP_STEPS = 50            # rate rises from zero over so many steps
-DECAY_FRACTION = 0.4         # rate falls linearly to zero over the last so much of the steps
+WARMUP_STEPS = 50            # steps over which the rate rises from zero
+DECAY_FRACTION = 0.4         # last share of the steps, over which the rate falls to zero
 ADAM_BETA2 = 0.99            # decay rate of Adam's second moment
 ADAM_EPSILON = 1e-8          # a small one shortens the plateau (paper)
 GRADIENT_CLIP = 1.0          # largest norm of the gradient
 LOG_EVERY = 250              # steps between two rows of the progress table
-VALIDATION_SEQUENCES = 512   # behind one such row
+VALIDATION_SEQUENCES = 512   # sequences behind each row's accuracy
 CHECKPOINT_SECONDS = 30.0    # between two checkpoints
 EVAL_SEQUENCES = 4096        # meta-test sequences per data set
 EVAL_SEED = 0                # of these sequences; they do not depend on SEED
@@ -111,10 +111,10 @@ PRESETS = {
     "plain": dict(MODEL="experiments.muon:MuonTransformer", IMAGE_QUERIES=False, STEPS=1500,
                   LEARNING_RATE=3e-3, PROJECTION_SIZE=384, MODEL_SIZE=512, NUM_LAYERS=3,
                   MLP_SIZE=1024, MERGED_FRACTION=0.0),   # nothing starts as a comparison of images
-    "paper": dict(IMAGE_SIZE=32, NUM_TASKS=2**25, BIASED_FRACTION=0.9, TOKEN_FORMAT="paper",
-                  IMAGE_QUERIES=False, OUTPUT_STD=1.0, MODEL_SIZE=256, NUM_LAYERS=4, NUM_HEADS=8,
-                  MLP_SIZE=1024, BATCH_SIZE=128, STEPS=2**18, LEARNING_RATE=3e-4, ADAM_BETA2=0.999,
-                  MERGED_FRACTION=0.0),
+    "paper": dict(IMAGE_SIZE=32, PROJECTION_SIZE=3072, NUM_TASKS=2**25, BIASED_FRACTION=0.9,
+                  TOKEN_FORMAT="paper", IMAGE_QUERIES=False, OUTPUT_STD=1.0, MODEL_SIZE=256,
+                  NUM_LAYERS=4, NUM_HEADS=8, MLP_SIZE=1024, BATCH_SIZE=128, STEPS=2**18,
+                  LEARNING_RATE=3e-4, ADAM_BETA2=0.999, MERGED_FRACTION=0.0),
     "guided": dict(MODEL="experiments.guided:GuidedTransformer", LEARNING_RATE=5e-3, STEPS=750),
 }
 
@@ -141,16 +141,16 @@ def draw_task(seed, i, n_pixels, size, device):
 
     A_ij ~ N(0, 1/N): the *variance* is 1/N, so a projected image keeps its scale (paper, Sec. 3).
     """
-    generator = random_stream(device, seed, "task", i)
-    projection = torch.randn(size, n_pixels, generator=generator, device=device) / n_pixels**0.5
-    return projection, torch.randperm(C, generator=generator, device=device)
+    generator = random_stream("cpu", seed, "task", i)    # whose numbers are the same everywhere
+    projection = torch.randn(size, n_pixels, generator=generator) / n_pixels**0.5
+    return projection.to(device), torch.randperm(C, generator=generator).to(device)
 
 
 def random_projection(images, size, generator):
     """Return (B, T, P): images (B, T, N) under a fresh A (P, N) for each sequence.
 
-    T images span at most T dimensions, so T coordinates are enough: for A_ij ~ N(0, 1/N), each row
-    of A gives T numbers whose covariance is X X'/N = L L', and so does L times T normal numbers.
+    T images span at most T dimensions, so T coordinates are enough: a row of A turns the images X
+    (T, N) into T numbers ~ N(0, X X'/N). With X X'/N = L L', so does L times T normal numbers.
     """
     coordinates = images / images.shape[2]**0.5
     if 4 * images.shape[1] <= min(640, images.shape[2]):                 # else N are as quick
@@ -165,7 +165,7 @@ def draw_images(dataset, n_sequences, length, generator):
     """Return indices (B, T) of images: none twice within a sequence."""
     n, device = len(dataset.y), dataset.y.device
     chosen = torch.empty(n_sequences, length, dtype=torch.long, device=device)
-    for part in chosen.split(n // length):               # from one shuffle of all images
+    for part in chosen.split(n // length):               # as many as one shuffle of them fills
         part.view(-1).copy_(torch.randperm(n, generator=generator, device=device)[:part.numel()])
     return chosen
 
@@ -173,11 +173,11 @@ def draw_images(dataset, n_sequences, length, generator):
 def draw_sequences(dataset, n_sequences, settings, key, num_tasks=0, biased=0.0, merged=0.0):
     """Return x (B, T, P) and y (B, T): sequences, each a task applied to its own random images.
 
-    A pure function of its arguments: `key` names the place in the random stream. With `num_tasks`
-    the tasks are picked from that many fixed ones, else each is fresh. The first share of them,
-    `biased`, has one label permutation (Sec. 4.5). In the last, `merged`, rho maps the classes to 2
-    to 9 (not in the paper): a learner that only met ten equally frequent classes fails on three, or
-    where one is rare (results/recipe.md).
+    A pure function of its arguments: `key` names the place in the random stream. Tasks come from
+    `num_tasks` fixed ones, or are fresh. The first share of the sequences, `biased`, has one rho.
+    In the last share of fresh ones, `merged`, rho sends the classes at random to at most 2 to 9
+    labels (not in the paper): a learner that only met ten equally frequent classes fails on three,
+    or where one is rare (results/recipe.md).
     """
     device, generator = dataset.x.device, random_stream(dataset.x.device, *key)
     chosen = draw_images(dataset, n_sequences, settings.NUM_EXAMPLES, generator)
@@ -232,15 +232,15 @@ class Attention(nn.Module):
         self.of_images = first and settings.IMAGE_QUERIES
         inputs, scales = size, (2, settings.ATTENTION_SCALE)
         if self.of_images:
-            inputs, scales = settings.PROJECTION_SIZE, (8, 32)
+            inputs, scales = settings.PROJECTION_SIZE, (8, 32)           # broad to sharp look-ups
         self.query = nn.Linear(inputs, inputs, bias=False)
         self.key = nn.Linear(inputs, inputs, bias=False)
         self.value = nn.Linear(size, size, bias=False)
         self.out = nn.Linear(size, size, bias=False)
         nn.init.normal_(self.out.weight, std=settings.OUTPUT_STD * size**-0.5)
         self.log_scale = nn.Parameter(torch.linspace(*map(math.log, scales), self.heads))
-        if self.of_images:                               # large weights: Adam's steps are small
-            nn.init.orthogonal_(self.query.weight, gain=inputs**0.5)
+        if self.of_images:                               # norm() undoes the gain; Adam's steps are
+            nn.init.orthogonal_(self.query.weight, gain=inputs**0.5)     # small beside it
             self.key.load_state_dict(self.query.state_dict())
 
     def forward(self, h, x, x_before, mask, cache=None):
@@ -273,8 +273,8 @@ class Block(nn.Module):
         self.down = nn.Linear(hidden, size, bias=False)
         nn.init.normal_(self.down.weight, std=settings.OUTPUT_STD * hidden**-0.5)
 
-    def forward(self, h, *surroundings):
-        h = h + self.mixer(norm(h), *surroundings)
+    def forward(self, h, *inputs):                       # what the mixer reads beside h
+        h = h + self.mixer(norm(h), *inputs)
         return h + self.down(F.gelu(self.up(norm(h))))
 
 
@@ -309,8 +309,8 @@ class Transformer(nn.Module):
         return self.predict(x, previous(x), y_before, causal_mask(x.shape[1], x.device))
 
     def predict(self, x, x_before, y_before, mask, cache=None):
-        """Return logits (B, T, C) for tokens of images x, the images and one-hot labels before them
-        (B, T, P) and (B, T, C), of which row i of mask (T, T) says which i may look at.
+        """Return logits (B, T, C). Token i holds image x_i, and the image and one-hot label before
+        it, x_before and y_before; row i of mask (T, T) is 0 where i may look, else -infinity.
         """
         h = self.embed_label(y_before)
         if self.pairs:
@@ -414,7 +414,7 @@ def meta_train(model, dataset, validation, settings, folder, precision, log):
                 progress["rows"].append(dict(step=step, seconds=progress["seconds"], loss=loss,
                                              accuracy=(correct / n).tolist()))
             waited = time.time() > saved_at + settings.CHECKPOINT_SECONDS
-            if row_due or first_process and (stop or waited):
+            if row_due or (first_process and (stop or waited)):
                 save_checkpoint(path, settings, model, progress=progress,
                                 optimizers=[optimizer.state_dict() for optimizer in optimizers])
                 saved_at = time.time()
@@ -485,7 +485,7 @@ def baseline_labels(x, y):
 
 
 def meta_test_batches(dataset, n_sequences, settings, num_tasks=0):
-    """Yield x, y of the meta-test sequences: the same for all models (fixed tasks: of a SEED)."""
+    """Yield x, y of the meta-test sequences: the same for all models of one PROJECTION_SIZE."""
     size = max(1, 128 * 100**2 // max(100, settings.NUM_EXAMPLES)**2)    # few of long ones
     for start in range(0, n_sequences, size):
         key = "meta-test", dataset.name, start, settings.EVAL_SEED
@@ -833,7 +833,7 @@ def make_model(settings):
         require(issubclass(model_class, nn.Module), "it is no torch.nn.Module")
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"MODEL={settings.MODEL} could not be imported ({error}); expected "
-                        "module:Class, from the folder of that module.") from error
+                        "module:Class, of a module beside this file.") from error
     return model_class(settings)
 
 
@@ -882,14 +882,14 @@ def all_reduce_loss_and_stop(loss, stop, device):
 
 # ------------------------------------------------------------------------------------- reporting
 # The paper's table: accuracy (%) of its Transformer after 99 examples, meta-trained on MNIST.
-PAPER = dict(MNIST=73.70, FashionMNIST=62.24, KMNIST=53.39, CIFAR10=19.40, SVHN=14.58)
+PAPER = dict(MNIST=73.70, FashionMNIST=62.24, KMNIST=53.39, CIFAR10=19.40)
 
 
 def run_folder(settings, name, source):
-    """Return a run's folder, made for its settings and .npz files, and a function that prints texts
-    beside the progress bar and keeps them in the folder's log.txt."""
-    files = [Path(word) for word in (source, *settings.EVAL_DATASETS.split(","))]
-    key = [FORMAT, source, *(file.read_bytes() for file in files if file.is_file()),
+    """Return a run's folder, and a function that prints texts and keeps them in its log.txt."""
+    files = [path for path in map(Path, (source, *re.split(" *, *", settings.EVAL_DATASETS)))
+             if path.is_file()]
+    key = [FORMAT, source, *(hashlib.blake2b(path.read_bytes()).digest() for path in files),
            *(setting for setting in vars(settings).items() if setting[0] not in FOLDERS)]
     digest = hashlib.blake2b(repr(key).encode(), digest_size=3).hexdigest()
     folder = Path(settings.OUT_DIR, f"{re.sub('[^A-Za-z0-9.=_-]', '_', name[:100])}-{digest}")
@@ -971,7 +971,7 @@ def test_and_report(model, tests, settings, precision, folder, log, facts):
     results = dict(**facts, **provenance(next(model.parameters()).device, precision),
                    settings=vars(settings), data_sets=data_sets, test_seconds=time.time() - began)
     columns = "examples", "accuracy", "low", "high"
-    with atomic_write(folder / "curves.csv") as temporary, open(temporary, "w") as file:
+    with atomic_write(folder / "curves.csv") as path, open(path, "w", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([["data_set", "learner", *columns]] + [
             [row, name, *point] for row, entry in data_sets.items()
             for name, curve in entry["curves"].items() for point in zip(*map(curve.get, columns))])
@@ -997,7 +997,7 @@ def run(word, settings, flags):
     report, final = folder / "results.json", folder / "model.pt"
     if report.exists() and not (folder / "checkpoint.pt").exists():
         return log(*result_table(json.loads(report.read_text())),
-                   f"\nThis run was finished before. To make it afresh, delete {folder}")
+                   f"\nFinished before, by the code in its folder. To run again, delete {folder}")
     torch.manual_seed(settings.SEED)
     model = make_model(settings).to(device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -1071,7 +1071,7 @@ def keep_freed_memory():
 
 
 def main(arguments, command=run_command_line):
-    """Run a command line; return the exit code: 0, 2 after one sentence, 130 when stopped."""
+    """Run a command line; return the exit code: 0; 2 after one sentence; 130 or 141 if stopped."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)            # a kill is as Ctrl-C
     keep_freed_memory()

@@ -57,7 +57,7 @@ class NoMixing(nn.Module):
     def __init__(self, settings, first):
         super().__init__()
 
-    def forward(self, h, *surroundings):
+    def forward(self, h, *inputs):
         return torch.zeros_like(h)
 
 

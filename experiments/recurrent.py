@@ -19,7 +19,7 @@ class LSTM(nn.Module):
         super().__init__()
         self.lstm = nn.LSTM(settings.MODEL_SIZE, settings.MODEL_SIZE, batch_first=True)
 
-    def forward(self, h, *surroundings):
+    def forward(self, h, *inputs):
         with torch.autocast(h.device.type, enabled=False):               # CUDA's would be in fp16
             return self.lstm(h.float())[0]
 
@@ -56,7 +56,7 @@ class OuterProductLSTM(nn.Module):
         self.recurrent = nn.Linear(self.size, 6 * self.size, bias=False)
         nn.init.constant_(self.input.bias[:self.size], 2.0)              # at first it remembers
 
-    def forward(self, h, *surroundings):
+    def forward(self, h, *inputs):
         B, T, D = h.shape
         out, width, outputs = torch.zeros_like(h[:, 0]), D // self.heads, []
         cell = h.new_zeros(B, self.heads, width, width)
@@ -116,7 +116,7 @@ class GatedDeltaNet(nn.Module):
         self.out = nn.Linear(self.size, self.size, bias=False)
         nn.init.normal_(self.out.weight, std=settings.OUTPUT_STD * self.size**-0.5)
 
-    def forward(self, h, *surroundings):
+    def forward(self, h, *inputs):
         B, T, D = h.shape
         with torch.autocast(h.device.type, enabled=False):
             h = h.float()
