@@ -221,9 +221,9 @@ def causal_mask(length, device):
 class Attention(nn.Module):
     """Causal multi-head attention with normalised queries and keys and a learnt scale per head.
 
-    With IMAGE_QUERIES, layer 1 computes queries from x_i and keys from x_i-1, the image whose label
-    the token holds, and not from the residual stream. Its heads share them, and differ in scale and
-    values. W_K starts as a copy of W_Q: attention starts as a look-up of similar images. All learn.
+    With IMAGE_QUERIES, layer 1 compares images: its queries are W_Q A x_i, its keys W_K A x_i-1, the
+    image whose label token i holds; its heads share them. W_K starts as a copy of an orthogonal W_Q,
+    so attention starts as the cosine of two images, times a scale. All is learnt, nothing tied.
     """
 
     def __init__(self, settings, first):
