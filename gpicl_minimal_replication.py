@@ -222,7 +222,7 @@ class Attention(nn.Module):
     """Causal multi-head attention with normalised queries and keys and a learnt scale per head.
 
     With IMAGE_QUERIES, layer 1 compares images: its queries are W_Q A x_i, its keys W_K A x_i-1 (of
-    the image whose label token i holds); all heads share them. W_K starts as a copy of an orthogonal
+    the image whose label token i holds), shared by all heads. W_K starts as a copy of an orthogonal
     W_Q, so attention starts as the cosine of two images, times a scale. All is learnt, none tied.
     """
 
