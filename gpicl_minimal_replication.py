@@ -12,7 +12,7 @@ a gradient step, on tasks and on whole data sets that it has never seen.
     python gpicl_minimal_replication.py --STEPS=500        any setting (--help lists them)
     python gpicl_minimal_replication.py evaluate           test a trained model on any data
 
-Expected: 4 minutes on two CPU cores with bf16 units, 7 without; it ends with (± 95 % intervals)
+Expected: 5 minutes on two CPU cores with bf16 units, 8 without; it ends with (± 95 % intervals)
     MNIST@99: 76.2 ± 1.3           after 99 examples of unseen tasks; the paper's Transformer: 73.7
     FashionMNIST@99: 66.6 ± 1.4    of a data set that it has never seen; the paper: 62.2
 
