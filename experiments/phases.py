@@ -18,7 +18,7 @@ SETTINGS = dict(
     BATCH_SIZE=128, STEPS=800, LEARNING_RATE=2e-3, DECAY_FRACTION=0.3, EVAL_SEQUENCES=1024)
 # 512 numbers of images of 64: tasks are easy to tell apart, and to memorise.
 KINDS = {
-    "Transformer, paper's tokens": dict(MODEL="experiments.plateau:LookBackTransformer",
+    "Transformer, paper's tokens": dict(MODEL="experiments.look_back:MuonLookBackTransformer",
                                         TOKEN_FORMAT="paper"),
     "Transformer, sample-label pairs": dict(MODEL="experiments.muon:MuonTransformer",
                                             TOKEN_FORMAT="pairs"),

@@ -2,8 +2,9 @@
 
     python -m experiments.plateau --SEEDS=6
 
-(Paper, figures on the plateau.) From a base each factor is varied: the batch size, the number of
-tasks, the optimiser, a share of each batch with one label permutation, the start, the token.
+(Paper, figures on the plateau.) From a base, on sample-label pairs, each factor is varied: the
+batch size, the number of tasks, the optimiser, a share of each batch with one label permutation,
+the start. With the paper's token and Adam: what helps it (its starts are in look_back.py).
 """
 
 import math
@@ -12,60 +13,52 @@ import sys
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import gpicl_minimal_replication as gpicl
 from experiments import sweep
 from experiments.figures import distinct, mean_interval, select, t_quantile
-from experiments.muon import WithMuon
 
 TITLE = "Length of the plateau"
 SETTINGS = dict(
-    IMAGE_SIZE=8, NUM_EXAMPLES=30, PROJECTION_SIZE=64, MERGED_FRACTION=0.0, MODEL_SIZE=64,
-    NUM_LAYERS=2, MLP_SIZE=256, ATTENTION_SCALE=16.0, STEPS=1200, DECAY_FRACTION=0.0,
-    EVAL_SEQUENCES=256)
+    NUM_EXAMPLES=30, MODEL_SIZE=64, NUM_LAYERS=2, MLP_SIZE=256, ATTENTION_SCALE=16.0, STEPS=1200,
+    DECAY_FRACTION=0.0, EVAL_SEQUENCES=256)
 BASE = dict(MODEL="experiments.muon:MuonTransformer", TOKEN_FORMAT="pairs", IMAGE_QUERIES=False,
-            OUTPUT_STD=1.0, NUM_TASKS=0, BIASED_FRACTION=0.0, BATCH_SIZE=64, LEARNING_RATE=3e-3,
-            ADAM_EPSILON=1e-8)
+            OUTPUT_STD=1.0, NUM_TASKS=0, BIASED_FRACTION=0.0, MERGED_FRACTION=0.0, BATCH_SIZE=64,
+            LEARNING_RATE=3e-3, ADAM_EPSILON=1e-8, IMAGE_SIZE=8, PROJECTION_SIZE=64)
+ADAM = dict(MODEL="transformer", LEARNING_RATE=1e-3)
+# What shortens it in the paper.
+PAPERS = dict(BIASED_FRACTION=0.9, BATCH_SIZE=256, ADAM_EPSILON=1e-12)
+ADDITIONS = {
+    "nothing": ADAM,
+    "0.9 one permutation": dict(ADAM, BIASED_FRACTION=0.9),
+    "batches of 256": dict(ADAM, BATCH_SIZE=256),
+    "epsilon 1e-12": dict(ADAM, ADAM_EPSILON=1e-12),
+    "these three": {**ADAM, **PAPERS},
+    "these, Muon": PAPERS,
+    "2 to 9 classes": dict(ADAM, MERGED_FRACTION=0.9),
+    "looking back": dict(ADAM, MODEL="experiments.look_back:LookBackTransformer"),
+    "and copying": dict(ADAM, MODEL="experiments.look_back:CopyingTransformer"),
+    "and comparing": dict(ADAM, MODEL="experiments.look_back:ComparingTransformer"),
+}
 FACTORS = {
     "batch size": {str(n): dict(BATCH_SIZE=n) for n in (16, 32, 64, 128, 256)},
     "number of training tasks": {
         **{f"2**{k}": dict(NUM_TASKS=2**k) for k in (6, 8, 10, 12, 14, 16)}, "fresh": {}},
     "optimiser, and epsilon of Adam": {
-        "Muon": {}, **{f"Adam, {epsilon:g}": dict(MODEL="transformer", LEARNING_RATE=1e-3,
-                                                  ADAM_EPSILON=epsilon)
+        "Muon": {}, **{f"Adam, {epsilon:g}": dict(ADAM, ADAM_EPSILON=epsilon)
                        for epsilon in (1e-12, 1e-8, 1e-5, 1e-3)}},
     "share of each batch with one label permutation": {
         str(share): dict(BIASED_FRACTION=share) for share in (0.0, 0.5, 0.9)},
     "start of the weights": {"zero outputs": dict(OUTPUT_STD=0.0), "random": {},
                              "comparing images": dict(IMAGE_QUERIES=True)},
-    "token": {"pairs": {}, "paper's": dict(TOKEN_FORMAT="paper"), "paper's, looking back": dict(
-        TOKEN_FORMAT="paper", MODEL="experiments.plateau:LookBackTransformer")},
+    "what is added to the paper's token, 8x8 images": {
+        value: dict(cell, TOKEN_FORMAT="paper") for value, cell in ADDITIONS.items()},
+    "what is added to the paper's token, 28x28 images": {
+        value: dict(cell, TOKEN_FORMAT="paper", IMAGE_SIZE=28, PROJECTION_SIZE=784)
+        for value, cell in ADDITIONS.items()},
 }
 CELLS = [{**BASE, **cell} for cells in FACTORS.values() for cell in cells.values()]
 COMPARED = tuple(BASE)
-
-
-class LookBackAttention(gpicl.Attention):
-    """Attention that in layer 1 starts by looking one token back: in the paper's tokens that holds
-    the image to which the token's label belongs. A learnt bias per head, 10 at first.
-    """
-
-    def __init__(self, settings, first):
-        super().__init__(settings, first)
-        self.back = nn.Parameter(torch.full((self.heads, 1, 1), 10.0)) if first else None
-
-    def scores(self, q, k, mask):
-        scores = super().scores(q, k, mask)
-        if self.back is not None:
-            before = (mask == 0).sum(-1) - 1            # the first sees itself only, biased or not
-            scores = scores + self.back * F.one_hot((before - 1).clamp(min=0), mask.shape[1])
-        return scores
-
-
-class LookBackTransformer(WithMuon, gpicl.Transformer):
-    """The Transformer with a layer 1 that starts by looking one token back."""
-    mixer = LookBackAttention
 
 
 def plateau_length(steps, losses, drop=0.1):
@@ -105,8 +98,9 @@ def measure(settings, data, precision, every=20, enough=3):
 
 def report(rows, figure):
     """One panel for each factor, one mark for each run."""
-    figure.set_size_inches(16, 8)
-    panels, lines = figure.subplots(2, 3, sharey=True).flat, []
+    figure.set_size_inches(15, 15)
+    panels = figure.subplot_mosaic("AABBCC;DDDEEE;FFFFFF;GGGGGG", sharey=True).values()
+    lines = []
     limit = max(row["steps"] for row in rows)
     for panel, (factor, cells) in zip(panels, FACTORS.items()):
         lines += ["", f"Length of the plateau (steps) by {factor}"]
