@@ -1,6 +1,6 @@
 """The paper's Transformer, from a start that finds the image to which a token's label belongs.
 
-    python gpicl_minimal_replication.py paper     (MODEL=experiments.look_back:ComparingTransformer)
+    python gpicl_minimal_replication.py paper --MODEL=experiments.look_back:ComparingTransformer
 
 Token i of the paper holds image x_i and label y_i-1. So one layer must learn to look one token back
 for the image of that label, and a later one to compare images; neither lowers the loss without the
@@ -47,8 +47,8 @@ class CopyingTransformer(LookBackTransformer):
         with torch.no_grad():
             self.embed_image.weight[half:] = 0
             nn.init.eye_(attention.value.weight)
-            attention.out.weight[:] = torch.eye(2 * half).roll(half, 0)
-            attention.out.weight[:half] = 0
+            attention.out.weight.zero_()
+            attention.out.weight[half:, :half] = torch.eye(half)
 
 
 class ComparingTransformer(CopyingTransformer):
