@@ -111,10 +111,9 @@ PRESETS = {
     "plain": dict(MODEL="experiments.muon:MuonTransformer", IMAGE_QUERIES=False, STEPS=1500,
                   LEARNING_RATE=3e-3, PROJECTION_SIZE=384, MODEL_SIZE=512, NUM_LAYERS=3,
                   MLP_SIZE=1024, MERGED_FRACTION=0.0),   # nothing starts as a comparison of images
-    "paper": dict(IMAGE_SIZE=32, PROJECTION_SIZE=3072, NUM_TASKS=2**25, BIASED_FRACTION=0.9,
-                  TOKEN_FORMAT="paper", IMAGE_QUERIES=False, OUTPUT_STD=1.0, MODEL_SIZE=256,
-                  NUM_LAYERS=4, NUM_HEADS=8, MLP_SIZE=1024, BATCH_SIZE=128, STEPS=2**18,
-                  LEARNING_RATE=3e-4, ADAM_BETA2=0.999, MERGED_FRACTION=0.0),
+    "paper": dict(MODEL="experiments.look_back:ComparingTransformer", TOKEN_FORMAT="paper",
+                  IMAGE_QUERIES=False, STEPS=3000, LEARNING_RATE=5e-4, MODEL_SIZE=256,
+                  NUM_LAYERS=4, NUM_HEADS=8, MLP_SIZE=1024, MERGED_FRACTION=0.0),
     "guided": dict(MODEL="experiments.guided:GuidedTransformer", LEARNING_RATE=5e-3, STEPS=750),
 }
 
