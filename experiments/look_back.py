@@ -1,6 +1,6 @@
 """The paper's Transformer, from a start that finds the image to which a token's label belongs.
 
-    python gpicl_minimal_replication.py paper --MODEL=experiments.look_back:ComparingTransformer
+    python gpicl_minimal_replication.py paper            # from the last of these starts
 
 Token i of the paper holds image x_i and label y_i-1. So one layer must learn to look one token back
 for the image of that label, and a later one to compare images; neither lowers the loss without the
@@ -39,10 +39,16 @@ class LookBackTransformer(gpicl.Transformer):
 
 
 class CopyingTransformer(LookBackTransformer):
-    """And by adding the image that it finds there to a half of the stream that is kept for it."""
+    """And by adding the image that it finds there to a half of the stream that is kept for it.
+
+    Raises UserError for settings that this start is not made for.
+    """
 
     def __init__(self, settings):
         super().__init__(settings)
+        if settings.TOKEN_FORMAT != "paper" or settings.IMAGE_QUERIES or settings.NUM_LAYERS < 2:
+            raise gpicl.UserError(f"{type(self).__name__} starts for the paper's token; set TOKEN_"
+                                  "FORMAT=paper, IMAGE_QUERIES=False, and NUM_LAYERS to 2 or more.")
         half, attention = settings.MODEL_SIZE // 2, self.layers[0].mixer
         with torch.no_grad():
             self.embed_image.weight[half:] = 0
@@ -52,17 +58,18 @@ class CopyingTransformer(LookBackTransformer):
 
 
 class ComparingTransformer(CopyingTransformer):
-    """And layer 2 by comparing: its W_K is a copy of its W_Q, but reads the copied images, x_j-1,
-    where W_Q reads x_i; its heads' scales are those of the default's first layer.
+    """And layer 2 by comparing: its W_K is a copy of its orthogonal W_Q, but reads the copied
+    images, x_j-1, where W_Q reads x_i; its heads start with scales from 8 to 16.
     """
 
     def __init__(self, settings):
         super().__init__(settings)
         half, attention = settings.MODEL_SIZE // 2, self.layers[1].mixer
         with torch.no_grad():
-            attention.query.weight[:, half:] = 0
+            attention.query.weight.zero_()               # the gain as in gpicl.Attention
+            nn.init.orthogonal_(attention.query.weight[:, :half], gain=settings.MODEL_SIZE**0.5)
             attention.key.weight[:] = attention.query.weight.roll(half, 1)
-            attention.log_scale[:] = torch.linspace(math.log(8), math.log(32), attention.heads)
+            attention.log_scale[:] = torch.linspace(math.log(8), math.log(16), attention.heads)
 
 
 class MuonLookBackTransformer(WithMuon, LookBackTransformer):

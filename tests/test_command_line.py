@@ -86,13 +86,10 @@ def test_presets_exist_name_settings_only_and_are_valid():
 
 @pytest.mark.parametrize("preset", gpicl.PRESETS)
 def test_every_preset_trains_and_flags_override_it(preset, tiny_flags, run_folder):
-    flags = [flag for flag in tiny_flags(STEPS=2, EVAL_SEQUENCES=8, NUM_TASKS=2)
-             if preset == "paper" or not flag.startswith("--NUM_TASKS")]
-    assert gpicl.main([preset, *flags]) == 0
+    assert gpicl.main([preset, *tiny_flags(STEPS=2, EVAL_SEQUENCES=8)]) == 0
     results = json.loads((run_folder() / "results.json").read_text())
     expected = {**gpicl.PRESETS[preset], **TINY, "STEPS": 2, "EVAL_SEQUENCES": 8}
-    assert {name: results["settings"][name] for name in expected} == (
-        {**expected, "NUM_TASKS": 2} if preset == "paper" else expected)
+    assert {name: results["settings"][name] for name in expected} == expected
     assert results["preset"] == preset
 
 

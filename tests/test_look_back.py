@@ -65,6 +65,12 @@ def test_layer_2_starts_by_comparing_the_image_with_those_before_the_labels(star
     assert cosines[..., :8].argmax(-1).unique().tolist() == [4] and cosines[..., 4].min() > 0.95
 
 
+@pytest.mark.parametrize("flag", ["TOKEN_FORMAT=pairs", "IMAGE_QUERIES=True", "NUM_LAYERS=1"])
+def test_settings_that_it_is_not_made_for(tiny_flags, capsys, flag):
+    assert gpicl.main(["paper", *tiny_flags(), f"--{flag}"]) == 2
+    assert "ComparingTransformer starts for the paper's token; set" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["LookBackTransformer", "CopyingTransformer",
                                   "ComparingTransformer", "MuonLookBackTransformer"])
 def test_each_is_causal_and_all_of_it_is_learnt(start, name):
