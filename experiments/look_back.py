@@ -66,8 +66,9 @@ class ComparingTransformer(CopyingTransformer):
         super().__init__(settings)
         half, attention = settings.MODEL_SIZE // 2, self.layers[1].mixer
         with torch.no_grad():
-            attention.query.weight.zero_()               # the gain as in gpicl.Attention
+            # The gain as in gpicl.Attention: norm() undoes it; Adam's steps are small beside it.
             nn.init.orthogonal_(attention.query.weight[:, :half], gain=settings.MODEL_SIZE**0.5)
+            attention.query.weight[:, half:] = 0
             attention.key.weight[:] = attention.query.weight.roll(half, 1)
             attention.log_scale[:] = torch.linspace(math.log(8), math.log(16), attention.heads)
 
