@@ -1,11 +1,12 @@
-"""The paper's Transformer, from a start that finds the image to which a token's label belongs.
+"""What lets the paper's Transformer find the image to which a token's label belongs.
 
-    python gpicl_minimal_replication.py paper            # from the last of these starts
+    python gpicl_minimal_replication.py paper            # smeared keys, from the last of the starts
 
 Token i of the paper holds image x_i and label y_i-1. So one layer must learn to look one token back
 for the image of that label, and a later one to compare images; neither lowers the loss without the
-other, which is the plateau. Each class here adds to the start of the one before. All is learnt,
-nothing is tied, and no label is moved beside its image.
+other, which is the plateau. Either layer 1 starts by looking back (each class adds to the start of
+the one before), or keys are smeared, so that one layer can do both. All is learnt, nothing is tied,
+and no label is moved beside its image.
 """
 
 import math
@@ -38,17 +39,20 @@ class LookBackTransformer(gpicl.Transformer):
     mixer = LookBackAttention
 
 
-class CopyingTransformer(LookBackTransformer):
-    """And by adding the image that it finds there to a half of the stream that is kept for it.
+def require_papers_token(settings):
+    """Raise UserError for settings that a start is not made for."""
+    gpicl.require(settings.TOKEN_FORMAT == "paper" and not settings.IMAGE_QUERIES
+                  and settings.NUM_LAYERS > 1 and settings.MODEL_SIZE > gpicl.C,
+                  f"{settings.MODEL} starts for the paper's token; set TOKEN_FORMAT=paper, "
+                  f"IMAGE_QUERIES=False, NUM_LAYERS >= 2 and MODEL_SIZE > {gpicl.C}.")
 
-    Raises UserError for settings that this start is not made for.
-    """
+
+class CopyingTransformer(LookBackTransformer):
+    """And by adding the image that it finds there to a half of the stream that is kept for it."""
 
     def __init__(self, settings):
         super().__init__(settings)
-        if settings.TOKEN_FORMAT != "paper" or settings.IMAGE_QUERIES or settings.NUM_LAYERS < 2:
-            raise gpicl.UserError(f"{type(self).__name__} starts for the paper's token; set TOKEN_"
-                                  "FORMAT=paper, IMAGE_QUERIES=False, and NUM_LAYERS to 2 or more.")
+        require_papers_token(settings)
         half, attention = settings.MODEL_SIZE // 2, self.layers[0].mixer
         with torch.no_grad():
             self.embed_image.weight[half:] = 0
@@ -66,11 +70,55 @@ class ComparingTransformer(CopyingTransformer):
         super().__init__(settings)
         half, attention = settings.MODEL_SIZE // 2, self.layers[1].mixer
         with torch.no_grad():
-            # The gain as in gpicl.Attention: norm() undoes it; Adam's steps are small beside it.
-            nn.init.orthogonal_(attention.query.weight[:, :half], gain=settings.MODEL_SIZE**0.5)
             attention.query.weight[:, half:] = 0
+            start_comparing(attention, attention.query.weight[:, :half])
             attention.key.weight[:] = attention.query.weight.roll(half, 1)
-            attention.log_scale[:] = torch.linspace(math.log(8), math.log(16), attention.heads)
+
+
+def start_comparing(attention, query):
+    """Fill `query`, all of W_Q that is not zero, with an orthogonal matrix; copy W_Q to W_K."""
+    # The gain as in gpicl.Attention: norm() undoes it; Adam's steps are small beside it.
+    nn.init.orthogonal_(query, gain=len(query)**0.5)
+    attention.key.load_state_dict(attention.query.state_dict())
+    attention.log_scale[:] = torch.linspace(math.log(8), math.log(16), attention.heads)
+
+
+class SmearedAttention(gpicl.Attention):
+    """Attention with smeared keys (Olsson et al., arXiv 2209.11895): a learnt share per head of
+    each key is the key of the token before; 0.95 at first. So token j, which holds label y_j-1, is
+    found by its image, x_j-1.
+    """
+
+    def __init__(self, settings, first):
+        super().__init__(settings, first)
+        self.smear = nn.Parameter(torch.full((self.heads, 1, 1), 3.0))   # sigmoid(3) = 0.95
+
+    def scores(self, q, k, mask):
+        visible, cached = (mask == 0).sum(-1), torch.arange(k.shape[2] - q.shape[2])
+        before = torch.cat([cached.to(visible), visible - 1])            # 0: there is none
+        share = self.smear.sigmoid().to(k.dtype)
+        k_before = F.pad(k, (0, 0, 1, 0)).index_select(2, before)
+        return super().scores(q, share * k_before + (1 - share) * k, mask)
+
+
+class SmearedTransformer(gpicl.Transformer):
+    """Every layer has smeared keys."""
+    mixer = SmearedAttention
+
+
+class SmearedComparingTransformer(SmearedTransformer):
+    """And the first two layers start by comparing images, which leave C numbers to the labels."""
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        require_papers_token(settings)
+        with torch.no_grad():
+            self.embed_image.weight[-gpicl.C:] = 0
+            self.embed_label.weight.zero_()
+            self.embed_label.weight[-gpicl.C:] = settings.MODEL_SIZE**0.5 * torch.eye(gpicl.C)
+            for layer in self.layers[:2]:
+                layer.mixer.query.weight[:, -gpicl.C:] = 0
+                start_comparing(layer.mixer, layer.mixer.query.weight[:, :-gpicl.C])
 
 
 class MuonLookBackTransformer(WithMuon, LookBackTransformer):

@@ -1,4 +1,4 @@
-"""The starts that let the paper's token leave its plateau: looking back, copying, comparing."""
+"""What lets the paper's token leave its plateau: looking back, copying, comparing, smeared keys."""
 
 import math
 
@@ -65,14 +65,43 @@ def test_layer_2_starts_by_comparing_the_image_with_those_before_the_labels(star
     assert cosines[..., :8].argmax(-1).unique().tolist() == [4] and cosines[..., 4].min() > 0.95
 
 
-@pytest.mark.parametrize("flag", ["TOKEN_FORMAT=pairs", "IMAGE_QUERIES=True", "NUM_LAYERS=1"])
-def test_settings_that_it_is_not_made_for(tiny_flags, capsys, flag):
-    assert gpicl.main(["paper", *tiny_flags(), f"--{flag}"]) == 2
-    assert "ComparingTransformer starts for the paper's token; set" in capsys.readouterr().err
+@torch.no_grad()
+def test_a_smeared_key_is_mostly_that_of_the_token_before(tiny):
+    attention = look_back.SmearedAttention(tiny(IMAGE_QUERIES=False), first=False)
+    q, k, mask = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16), gpicl.causal_mask(5, "cpu")
+    scale, share = attention.log_scale.exp()[:, None, None] / 16, 1 / (1 + math.exp(-3))
+    before = torch.cat([torch.zeros(1, 2, 1, 16), k[:, :, :-1]], 2)
+    expected = scale * (q @ (share * before + (1 - share) * k).mT) + mask
+    assert torch.allclose(attention.scores(q, k, mask), expected, atol=1e-5) and 0.94 < share < 0.96
+
+
+@torch.no_grad()
+def test_layers_1_and_2_start_by_comparing_images_through_smeared_keys(start):
+    """Image 7 is image 3 again: its token looks for token 4, which holds the label of image 3."""
+    model, x = start("SmearedComparingTransformer"), torch.randn(2, 12, 32)
+    x[:, 7] = x[:, 3]
+    h, mask = gpicl.norm(model.embed_image(x)), gpicl.causal_mask(12, "cpu")
+    for layer in model.layers[:2]:
+        attention = layer.mixer
+        q, k = (gpicl.norm(part.unflatten(-1, (2, -1))).transpose(1, 2)
+                for part in (attention.query(h), attention.key(h)))
+        scores = attention.scores(q, k, mask)[:, :, 7]
+        assert scores.argmax(-1).unique().tolist() == [4]
+        assert torch.allclose(attention.log_scale.exp(), torch.tensor([8.0, 16.0]))
+
+
+@pytest.mark.parametrize("flag", ["TOKEN_FORMAT=pairs", "IMAGE_QUERIES=True", "NUM_LAYERS=1",
+                                  "MODEL_SIZE=8"])
+@pytest.mark.parametrize("name", ["ComparingTransformer", "SmearedComparingTransformer"])
+def test_settings_that_it_is_not_made_for(tiny_flags, capsys, name, flag):
+    model = f"--MODEL=experiments.look_back:{name}"
+    assert gpicl.main(["paper", *tiny_flags(), model, f"--{flag}"]) == 2
+    assert f"{name} starts for the paper's token; set" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["LookBackTransformer", "CopyingTransformer",
-                                  "ComparingTransformer", "MuonLookBackTransformer"])
+                                  "ComparingTransformer", "MuonLookBackTransformer",
+                                  "SmearedTransformer", "SmearedComparingTransformer"])
 def test_each_is_causal_and_all_of_it_is_learnt(start, name):
     model = start(name)
     for parameter in model.parameters():                 # so that every path counts

@@ -19,11 +19,13 @@ def form_name(form):
 
 
 in_every_form = pytest.mark.parametrize("form", FORMS, ids=form_name)
-also_guided = pytest.mark.parametrize("form", FORMS + GUIDED, ids=form_name)
+SMEARED = [dict(MODEL="experiments.look_back:SmearedTransformer", TOKEN_FORMAT="paper",
+                IMAGE_QUERIES=False)]
+also_others = pytest.mark.parametrize("form", FORMS + GUIDED + SMEARED, ids=form_name)
 
 
 # --------------------------------------------------------------------------------- what it can see
-@also_guided
+@also_others
 def test_causality(form, tiny):
     """Changing example j, or label j, changes no prediction before j, nor that of label j."""
     model = lively_model(tiny(**form))
@@ -39,7 +41,7 @@ def test_causality(form, tiny):
         assert not torch.allclose(model(other_x, y)[:, j], logits[:, j], atol=1e-3)
 
 
-@also_guided
+@also_others
 def test_no_label_yet_is_unlike_every_class(form, tiny):
     """The first token's label is none: to make it one of a class changes what is predicted."""
     model = lively_model(tiny(**form))
@@ -91,7 +93,7 @@ def test_sequences_may_be_longer_than_those_trained_on(form, tiny):
 
 
 # ---------------------------------------------------------------------------------------- queries
-@also_guided
+@also_others
 def test_many_queries_at_once_are_one_at_a_time(form, tiny):
     """The context's keys and values are kept, and seven queries asked about in parts."""
     settings, n = tiny(**form), 11
