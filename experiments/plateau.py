@@ -26,15 +26,22 @@ BASE = dict(MODEL="experiments.muon:MuonTransformer", TOKEN_FORMAT="pairs", IMAG
             OUTPUT_STD=1.0, NUM_TASKS=0, BIASED_FRACTION=0.0, MERGED_FRACTION=0.0, BATCH_SIZE=64,
             LEARNING_RATE=3e-3, ADAM_EPSILON=1e-8, IMAGE_SIZE=8, PROJECTION_SIZE=64)
 ADAM = dict(MODEL="transformer", LEARNING_RATE=1e-3)
+LOOK_BACK = "experiments.look_back:"
 ADDITIONS = {
     "nothing": ADAM,
     "0.9 one permutation": dict(ADAM, BIASED_FRACTION=0.9),
+    "batches of 256": dict(ADAM, BATCH_SIZE=256),
     "epsilon 1e-12": dict(ADAM, ADAM_EPSILON=1e-12),
+    "these three": dict(ADAM, BIASED_FRACTION=0.9, BATCH_SIZE=256, ADAM_EPSILON=1e-12),
     "2 to 9 classes": dict(ADAM, MERGED_FRACTION=0.9),
-    "looking back": dict(ADAM, MODEL="experiments.look_back:LookBackTransformer"),
-    "and copying": dict(ADAM, MODEL="experiments.look_back:CopyingTransformer"),
-    "and comparing": dict(ADAM, MODEL="experiments.look_back:ComparingTransformer"),
+    "looking back": dict(ADAM, MODEL=LOOK_BACK + "LookBackTransformer"),
+    "back, copying": dict(ADAM, MODEL=LOOK_BACK + "CopyingTransformer"),
+    "back, copying, comparing": dict(ADAM, MODEL=LOOK_BACK + "ComparingTransformer"),
+    "smeared keys": dict(ADAM, MODEL=LOOK_BACK + "SmearedTransformer"),
+    "smeared, comparing": dict(ADAM, MODEL=LOOK_BACK + "SmearedComparingTransformer"),
 }
+LARGE = ("nothing", "these three", "looking back", "back, copying, comparing", "smeared keys",
+         "smeared, comparing")
 FACTORS = {
     "batch size": {str(n): dict(BATCH_SIZE=n) for n in (16, 32, 64, 128, 256)},
     "number of training tasks": {
@@ -46,8 +53,11 @@ FACTORS = {
         str(share): dict(BIASED_FRACTION=share) for share in (0.0, 0.5, 0.9)},
     "start of the weights": {"zero outputs": dict(OUTPUT_STD=0.0), "random": {},
                              "comparing images": dict(IMAGE_QUERIES=True)},
-    "what is added to the paper's token": {
+    "what is added to the paper's token, 8×8 images": {
         value: dict(cell, TOKEN_FORMAT="paper") for value, cell in ADDITIONS.items()},
+    "what is added to the paper's token, 28×28 images": {
+        value: dict(ADDITIONS[value], TOKEN_FORMAT="paper", IMAGE_SIZE=28, PROJECTION_SIZE=784)
+        for value in LARGE},
 }
 CELLS = [{**BASE, **cell} for cells in FACTORS.values() for cell in cells.values()]
 COMPARED = tuple(BASE)
@@ -90,15 +100,15 @@ def measure(settings, data, precision, every=20, enough=3):
 
 def report(rows, figure):
     """One panel for each factor, one mark for each run."""
-    figure.set_size_inches(15, 12)
-    panels = figure.subplot_mosaic("AABBCC;DDDEEE;FFFFFF", sharey=True).values()
+    figure.set_size_inches(15, 16)
+    panels = figure.subplot_mosaic("AABBCC;DDDEEE;FFFFFF;GGGGGG", sharey=True).values()
     lines = []
     limit = max(row["steps"] for row in rows)
     for panel, (factor, cells) in zip(panels, FACTORS.items()):
         lines += ["", f"Length of the plateau (steps) by {factor}"]
         for place, (value, cell) in enumerate(cells.items()):
             runs = select(rows, **{**BASE, **cell})
-            lines.append(f"  {value:22}" + "; ".join(
+            lines.append(f"  {value:25}" + "; ".join(
                 length_in_words(select(runs, tested_on=kind), limit)
                 for kind in distinct(runs, "tested_on")))
             draw_runs(panel, place, runs, limit)

@@ -14,7 +14,8 @@ from experiments import plateau, sweep
 
 
 def test_the_smallest_form(blobs_file, tmp_path, capsys):
-    flags = sweep_flags(blobs_file, tmp_path, **dict.fromkeys(plateau.BASE), SEEDS=1, STEPS=1)
+    flags = sweep_flags(blobs_file, tmp_path, **dict.fromkeys(plateau.BASE), SEEDS=1, STEPS=1,
+                        MODEL_SIZE=16)
     assert sweep.main("plateau", flags) == 0
     rows = read_csv(tmp_path / "results" / "plateau.csv")
     assert {row["tested_on"] for row in rows} == {"training tasks", "unseen tasks"}
@@ -88,7 +89,7 @@ def test_every_factor_is_reported_and_drawn():
     assert ticks == values and not any(panel.get_legend() for panel in figure.axes)
     assert all(any(line.startswith(f"  {value} ") for line in lines) for value in values)
     assert [panel.get_xlabel() for panel in figure.axes] == list(plateau.FACTORS)
-    assert "  64                    unseen tasks 50 ± 0, left in 2 of 2 runs" in lines
+    assert "  64                       unseen tasks 50 ± 0, left in 2 of 2 runs" in lines
     assert "from 10 runs" in lines[-1]
 
 
@@ -97,7 +98,7 @@ def test_runs_that_stayed_on_the_plateau_are_told_and_not_fitted():
                              cell["TOKEN_FORMAT"] == "paper" else 40)
     figure = Figure()
     lines = plateau.report(rows, figure)
-    assert "  16                    unseen tasks more than 60, left in 0 of 2 runs" in lines
+    assert "  16                       unseen tasks more than 60, left in 0 of 2 runs" in lines
     assert "from 8 runs" in lines[-1]
     hollow = [line for line in figure.axes[0].get_lines() if line.get_fillstyle() == "none"]
     assert [line.get_ydata().tolist() for line in hollow] == [[60, 60]]
