@@ -112,7 +112,7 @@ PRESETS = {
                   LEARNING_RATE=3e-3, PROJECTION_SIZE=384, MODEL_SIZE=512, NUM_LAYERS=3,
                   MLP_SIZE=1024, MERGED_FRACTION=0.0),   # nothing starts as a comparison of images
     "paper": dict(MODEL="experiments.look_back:SmearedComparingTransformer", TOKEN_FORMAT="paper",
-                  IMAGE_QUERIES=False, STEPS=2000, LEARNING_RATE=1e-3, MODEL_SIZE=256,
+                  IMAGE_QUERIES=False, STEPS=3000, LEARNING_RATE=1e-3, MODEL_SIZE=256,
                   NUM_LAYERS=4, NUM_HEADS=8, MLP_SIZE=1024, MERGED_FRACTION=0.0),
     "guided": dict(MODEL="experiments.guided:GuidedTransformer", LEARNING_RATE=5e-3, STEPS=750),
 }
