@@ -68,18 +68,18 @@ class ComparingTransformer(CopyingTransformer):
 
     def __init__(self, settings):
         super().__init__(settings)
-        half, attention = settings.MODEL_SIZE // 2, self.layers[1].mixer
-        with torch.no_grad():
-            attention.query.weight[:, half:] = 0
-            start_comparing(attention, attention.query.weight[:, :half])
-            attention.key.weight[:] = attention.query.weight.roll(half, 1)
+        half = settings.MODEL_SIZE // 2
+        start_comparing(self.layers[1].mixer, half, shift=half)
 
 
-def start_comparing(attention, query):
-    """Fill `query`, all of W_Q that is not zero, with an orthogonal matrix; copy W_Q to W_K."""
+@torch.no_grad()
+def start_comparing(attention, n, shift=0):
+    """Let an orthogonal W_Q read the stream's first n numbers, its copy W_K those `shift` later."""
+    query = attention.query.weight
+    query[:, n:] = 0
     # The gain as in gpicl.Attention: norm() undoes it; Adam's steps are small beside it.
-    nn.init.orthogonal_(query, gain=len(query)**0.5)
-    attention.key.load_state_dict(attention.query.state_dict())
+    nn.init.orthogonal_(query[:, :n], gain=len(query)**0.5)
+    attention.key.weight[:] = query.roll(shift, 1)
     attention.log_scale[:] = torch.linspace(math.log(8), math.log(16), attention.heads)
 
 
@@ -116,9 +116,8 @@ class SmearedComparingTransformer(SmearedTransformer):
             self.embed_image.weight[-gpicl.C:] = 0
             self.embed_label.weight.zero_()
             self.embed_label.weight[-gpicl.C:] = settings.MODEL_SIZE**0.5 * torch.eye(gpicl.C)
-            for layer in self.layers[:2]:
-                layer.mixer.query.weight[:, -gpicl.C:] = 0
-                start_comparing(layer.mixer, layer.mixer.query.weight[:, :-gpicl.C])
+        for layer in self.layers[:2]:
+            start_comparing(layer.mixer, settings.MODEL_SIZE - gpicl.C)
 
 
 class MuonLookBackTransformer(WithMuon, LookBackTransformer):

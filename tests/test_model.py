@@ -12,6 +12,8 @@ FORMS = [dict(TOKEN_FORMAT=token, IMAGE_QUERIES=of_images)
          for token in ("pairs", "paper") for of_images in (True, False)]
 GUIDED = [dict(MODEL=f"experiments.guided:{name}")
           for name in ("GuidedTransformer", "GuidedWithoutRidge")]
+SMEARED = [dict(MODEL="experiments.look_back:SmearedTransformer", TOKEN_FORMAT="paper",
+                IMAGE_QUERIES=False)]
 
 
 def form_name(form):
@@ -19,8 +21,6 @@ def form_name(form):
 
 
 in_every_form = pytest.mark.parametrize("form", FORMS, ids=form_name)
-SMEARED = [dict(MODEL="experiments.look_back:SmearedTransformer", TOKEN_FORMAT="paper",
-                IMAGE_QUERIES=False)]
 also_others = pytest.mark.parametrize("form", FORMS + GUIDED + SMEARED, ids=form_name)
 
 
