@@ -29,7 +29,7 @@ ADAM = dict(MODEL="transformer", LEARNING_RATE=1e-3)
 LOOK_BACK = "experiments.look_back:"
 ADDITIONS = {
     "nothing": ADAM,
-    "0.9 one permutation": dict(ADAM, BIASED_FRACTION=0.9),
+    "0.9, one permutation": dict(ADAM, BIASED_FRACTION=0.9),
     "batches of 256": dict(ADAM, BATCH_SIZE=256),
     "epsilon 1e-12": dict(ADAM, ADAM_EPSILON=1e-12),
     "these three": dict(ADAM, BIASED_FRACTION=0.9, BATCH_SIZE=256, ADAM_EPSILON=1e-12),
